@@ -10,5 +10,5 @@ import jaxtyping
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
 
-TYPED = "dataloader dataset metrics model samplers schedule text_encoder train".split()
+TYPED = "dataloader dataset metrics model samplers schedule text_encoder training".split()
 jaxtyping.install_import_hook(TYPED, "beartype.beartype")

@@ -1,0 +1,75 @@
+"""Checkpoints: everything that training goes on from and drawing needs, in one folder.
+
+    models_vA0/epoch10/   ema     the averaged weights, all that drawing reads
+                          train   weights, optimizer state, step
+                          about   JSON: configuration, encoder, schedule, dataset, prompts, epoch, step
+
+Weights are plain nested dicts of arrays, so that no file depends on the classes that made it. A checkpoint is written
+beside its place and renamed when whole: what has a name is complete.
+"""
+
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+
+ITEMS = ("ema", "train", "about")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, incomplete or does not fit; the message names the folder and what to do."""
+
+
+def save(path: Path, *, ema: dict, train: dict, about: dict) -> None:
+    """Write a checkpoint folder; an older one of that name is replaced only by a complete one."""
+    path = path.resolve()
+    new, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    items = ocp.args.Composite(
+        ema=ocp.args.StandardSave(ema), train=ocp.args.StandardSave(train), about=ocp.args.JsonSave(about)
+    )
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+        writer.save(new, args=items)
+    if path.exists():
+        path.rename(old)
+    new.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def about(path: Path) -> dict:
+    """The JSON part of a checkpoint."""
+    return _read(path, "about", ocp.args.JsonRestore())
+
+
+def restore(path: Path, item: str, like):
+    """One item ("ema" or "train") of a checkpoint, in the structure, shapes and dtypes of `like`."""
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), like)
+    return _read(path, item, ocp.args.StandardRestore(abstract))
+
+
+def newest(folder: Path) -> Path | None:
+    """The checkpoint in `folder` that has trained for the most steps; None where there is none."""
+    named = [path for path in folder.glob("*") if re.fullmatch(r"epoch\d+|final|stopped", path.name)]
+    whole = [path for path in named if all((path / item).is_dir() for item in ITEMS)]
+    return max(whole, key=lambda path: about(path)["step"], default=None)
+
+
+def _read(path: Path, item: str, args):
+    path = path.resolve()
+    if not path.is_dir():
+        others = sorted(str(found.parent) for found in path.parent.glob("*/about"))
+        hint = f"there are {', '.join(others)}" if others else "train one: python train.py quick"
+        raise CheckpointError(f"no checkpoint at {path}; {hint}")
+    missing = [item for item in ITEMS if not (path / item).is_dir()]
+    if missing:
+        raise CheckpointError(f"{path} is not a whole checkpoint: it lacks {', '.join(missing)}; take another one")
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+            return reader.restore(path, args=ocp.args.Composite(**{item: args}))[item]
+    except Exception as error:  # Orbax and TensorStore raise a dozen kinds for a damaged or unlike file
+        raise CheckpointError(f"{path / item} cannot be read: {str(error).splitlines()[0]}; take another one") from error

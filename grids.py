@@ -1,0 +1,114 @@
+"""Pictures for people: a captioned grid on white, and a PNG that is either whole or not there.
+
+A grid is `columns` cells wide. Each cell shows one picture, enlarged or reduced to fit `cell` pixels, and its caption
+in quiet grey on at most two lines below. Transparency is shown as everywhere else: over a light checkerboard.
+"""
+
+import os
+import unicodedata
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+GREY, SQUARES = (110, 110, 115), ((255, 255, 255), (245, 245, 247))  # the captions, the checkerboard
+
+
+def captioned_grid(
+    images: np.ndarray | Sequence[Image.Image], captions: Sequence[str], *, columns: int, cell: int
+) -> Image.Image:
+    """One RGB picture of all `images` (uint8 [N, H, W, C] with C of 1, 3, 4, or Pillow's own), row by row."""
+    if len(images) == 0 or len(images) != len(captions):
+        raise ValueError(f"a grid needs one caption for each picture: got {len(images)} pictures, {len(captions)} captions")
+    if columns < 1 or cell < 8:
+        raise ValueError(f"a grid needs columns >= 1 and cell >= 8 pixels, got columns={columns}, cell={cell}")
+    font = ImageFont.load_default(max(9, round(cell / 8)))
+    gap = max(4, round(cell / 6))
+    line = round(font.size * 1.25)
+    texts = [wrapped(caption, font, width=cell + gap // 2) for caption in captions]
+    below = gap // 2 + line * max(map(len, texts))
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    step_x, step_y = cell + gap, cell + below + gap
+    grid = Image.new("RGB", (gap + columns * step_x, gap + rows * step_y), "white")
+    draw = ImageDraw.Draw(grid)
+    for i, (image, lines) in enumerate(zip(images, texts, strict=True)):
+        left, top = gap + i % columns * step_x, gap + i // columns * step_y
+        picture = _fitted(image if isinstance(image, Image.Image) else as_picture(image), cell)
+        grid.paste(picture, (left + (cell - picture.width) // 2, top + (cell - picture.height) // 2))
+        for row, text in enumerate(lines):
+            middle = (left + cell / 2, top + cell + gap // 2 + row * line)
+            draw.text(middle, text, font=font, fill=GREY, anchor="ma")
+    return grid
+
+
+def as_picture(image: np.ndarray) -> Image.Image:
+    """uint8 [H, W, C] as a Pillow image: C of 1 is grey, 3 is RGB, 4 is RGBA."""
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] not in (1, 3, 4):
+        raise ValueError(f"a picture is uint8 [H, W, 1, 3 or 4], got {image.dtype} {list(image.shape)}")
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def wrapped(text: str, font: ImageFont.FreeTypeFont, *, width: float, most: int = 2) -> list[str]:
+    """`text` in at most `most` lines that are each at most `width` pixels long; what does not fit becomes "…"."""
+    lines, words = [], _plain(text).split()
+    while words and len(lines) < most:
+        last = len(lines) == most - 1
+        taken = 1
+        while taken < len(words) and font.getlength(" ".join(words[: taken + 1])) <= width:
+            taken += 1
+        line, words = " ".join(words[:taken]), words[taken:]
+        if font.getlength(line) > width or (words and last):
+            while line and font.getlength(line + "…") > width:
+                line = line[:-1]
+            line = line.rstrip(" ,:;-") + "…"
+        lines.append(line)
+    return lines
+
+
+def _plain(text: str) -> str:
+    """The built-in font has no accents and no emoji: "piñata" becomes "pinata", what has no plain letter goes."""
+    letters = unicodedata.normalize("NFKD", text)
+    return "".join(c for c in letters if c.isascii() or c in "…’‘“”–—").replace("\x7f", "")
+
+
+def _fitted(image: Image.Image, cell: int) -> Image.Image:
+    """`image` as large as a cell allows, on the checkerboard where it is transparent."""
+    scale = cell / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    see_through = image.has_transparency_data
+    image = image.convert("RGBA" if see_through else "RGB")
+    if size != image.size:
+        image = image.resize(size, Image.Resampling.LANCZOS)  # Pillow premultiplies RGBA for this by itself
+    if not see_through:
+        return image
+    square = max(4, cell // 12)
+    odd = np.add.outer(np.arange(size[1]) // square, np.arange(size[0]) // square) % 2
+    board = Image.fromarray(np.array(SQUARES, np.uint8)[odd])
+    board.paste(image, mask=image.getchannel("A"))
+    return board
+
+
+def save_png(image: Image.Image | np.ndarray, path: Path, metadata: dict | None = None) -> None:
+    """Write `image` with its `metadata` (as PNG text) beside `path`, then rename it there: never half a file.
+
+    Makes the folder; raises OSError with the path and the reason where that, or the writing, is impossible.
+    """
+    path = Path(path)
+    picture = image if isinstance(image, Image.Image) else as_picture(image)
+    notes = PngInfo()
+    for name, value in (metadata or {}).items():
+        notes.add_text(str(name), str(value))
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(beside, format="PNG", pnginfo=notes)
+        beside.replace(path)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}; choose a folder that you may write to") from error
+    finally:
+        with suppress(OSError):
+            beside.unlink()

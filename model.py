@@ -1,0 +1,207 @@
+"""The network: a U-Net that looks at a noisy picture, the step t and a caption, and predicts the noise.
+
+    pixels ─ fold PATCH × PATCH pixels into channels ─ conv
+      down:  ResBlock (+ self-attention) (+ cross-attention to the caption's tokens), halve        once per resolution
+      middle
+      up:    the same, each block also fed the matching output of the way down, double
+    norm ─ conv, initialised to zero ─ unfold ─ prediction
+
+The step enters every ResBlock as a scale and shift of its group norm (Dhariwal & Nichol 2021, Section 3), together
+with the mean of the caption's tokens; the tokens themselves enter by cross-attention (Rombach et al. 2022, Section
+3.3). Every residual branch ends in a zero-initialised layer, so that the network starts as the zero function.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from params import Params
+
+
+def patchify(image: Float[Array, "b h w c"], size: int) -> Float[Array, "b h/size w/size c*size*size"]:
+    """Fold size × size pixels into channels (space to depth)."""
+    b, h, w, c = image.shape
+    blocks = image.reshape(b, h // size, size, w // size, size, c)
+    return blocks.transpose(0, 1, 3, 2, 4, 5).reshape(b, h // size, w // size, size * size * c)
+
+
+def unpatchify(folded: Float[Array, "b h w c"], size: int) -> Float[Array, "b h*size w*size c/size/size"]:
+    """The inverse of patchify (depth to space)."""
+    b, h, w, c = folded.shape
+    blocks = folded.reshape(b, h, w, size, size, c // size**2)
+    return blocks.transpose(0, 1, 3, 2, 4, 5).reshape(b, h * size, w * size, c // size**2)
+
+
+def sinusoid(t: Int[Array, "b"], size: int) -> Float[Array, "b size"]:
+    """Sines and cosines of t at wavelengths from 2π to 20000π steps (Vaswani et al. 2017, Section 3.5)."""
+    frequency = jnp.exp(-math.log(10_000) * jnp.arange(size // 2) / (size // 2))
+    angle = t[:, None] * frequency[None, :]
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+
+
+def conv(channels: int, out: int, rngs: nnx.Rngs, *, size: int = 3, strides: int = 1, zero: bool = False) -> nnx.Conv:
+    init = nnx.initializers.zeros if zero else nnx.initializers.lecun_normal()
+    return nnx.Conv(channels, out, (size, size), strides=strides, kernel_init=init, rngs=rngs)
+
+
+def group_norm(channels: int, rngs: nnx.Rngs) -> nnx.GroupNorm:
+    return nnx.GroupNorm(channels, num_groups=math.gcd(32, channels), rngs=rngs)
+
+
+class TimestampNet(nnx.Module):
+    """The step t as a vector: sinusoidal embedding, then an MLP."""
+
+    def __init__(self, T_dim: int, T_out: int, rngs: nnx.Rngs):
+        self.T_dim = T_dim
+        self.hidden = nnx.Linear(T_dim, T_out, rngs=rngs)
+        self.out = nnx.Linear(T_out, T_out, rngs=rngs)
+
+    def __call__(self, t: Int[Array, "b"]) -> Float[Array, "b T_out"]:
+        return self.out(nnx.silu(self.hidden(sinusoid(t, self.T_dim))))
+
+
+class ResBlock(nnx.Module):
+    """Two convolutions and a residual; the condition scales and shifts the second group norm."""
+
+    def __init__(self, channels: int, out: int, condition: int, rngs: nnx.Rngs):
+        self.norm1 = group_norm(channels, rngs)
+        self.conv1 = conv(channels, out, rngs)
+        self.modulation = nnx.Linear(condition, 2 * out, rngs=rngs)
+        self.norm2 = group_norm(out, rngs)
+        self.conv2 = conv(out, out, rngs, zero=True)
+        self.skip = conv(channels, out, rngs, size=1) if channels != out else None
+
+    def __call__(self, x: Float[Array, "b h w c"], condition: Float[Array, "b d"]) -> Float[Array, "b h w out"]:
+        scale, shift = jnp.split(self.modulation(condition)[:, None, None, :], 2, axis=-1)
+        h = self.conv1(nnx.silu(self.norm1(x)))
+        h = self.conv2(nnx.silu(self.norm2(h) * (1 + scale) + shift))
+        return h + (x if self.skip is None else self.skip(x))
+
+
+class Attention(nnx.Module):
+    """Multi-head attention with a residual: over the picture itself, or over the caption's visible tokens."""
+
+    def __init__(self, channels: int, head_dim: int, rngs: nnx.Rngs, *, context: int | None = None):
+        self.head_dim = head_dim
+        self.norm = group_norm(channels, rngs)
+        self.query = nnx.Linear(channels, channels, rngs=rngs)
+        self.key_value = nnx.Linear(context or channels, 2 * channels, rngs=rngs)
+        self.out = nnx.Linear(channels, channels, kernel_init=nnx.initializers.zeros, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        context: Float[Array, "b l d"] | None = None,
+        mask: Bool[Array, "b l"] | None = None,
+    ) -> Float[Array, "b h w c"]:
+        b, h, w, c = x.shape
+        pixels = self.norm(x).reshape(b, h * w, c)
+        query = self.query(pixels).reshape(b, h * w, -1, self.head_dim)
+        key, value = jnp.split(self.key_value(pixels if context is None else context), 2, axis=-1)
+        key, value = (part.reshape(b, part.shape[1], -1, self.head_dim) for part in (key, value))
+        visible = None if mask is None else mask[:, None, None, :]
+        attended = jax.nn.dot_product_attention(query, key, value, mask=visible)
+        return x + self.out(attended.reshape(b, h * w, c)).reshape(x.shape)
+
+
+class Stage(nnx.Module):
+    """A ResBlock, then the attentions that its resolution has."""
+
+    def __init__(self, channels: int, out: int, level: int, text_dim: int, config: Params, rngs: nnx.Rngs):
+        self.block = ResBlock(channels, out, config.T_out, rngs)
+        self.self_attention = Attention(out, config.HEAD_DIM, rngs) if level in config.self_attention else None
+        self.cross_attention = (
+            Attention(out, config.HEAD_DIM, rngs, context=text_dim) if level in config.cross_attention else None
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        condition: Float[Array, "b d"],
+        text: Float[Array, "b l e"],
+        text_mask: Bool[Array, "b l"],
+    ) -> Float[Array, "b h w out"]:
+        x = self.block(x, condition)
+        if self.self_attention is not None:
+            x = self.self_attention(x)
+        if self.cross_attention is not None:
+            x = self.cross_attention(x, text, text_mask)
+        return x
+
+
+class UNet(nnx.Module):
+    """prediction = UNet(noisy, t, text_emb, text_mask); see the module's docstring for the plan."""
+
+    def __init__(self, config: Params, text_dim: int, rngs: nnx.Rngs):
+        dims = [config.BASE_DIM * mult for mult in config.DIM_MULTS]
+        pixels = config.CHANNELS * config.PATCH**2
+        last = len(dims) - 1
+
+        def stage(channels: int, out: int, level: int) -> Stage:
+            return Stage(channels, out, level, text_dim, config, rngs)
+
+        self.patch = config.PATCH
+        self.timestamp = TimestampNet(config.T_dim, config.T_out, rngs)
+        self.text_norm = nnx.LayerNorm(text_dim, rngs=rngs)
+        self.pooled_text = nnx.Linear(text_dim, config.T_out, rngs=rngs)
+        self.entry = conv(pixels, dims[0], rngs)
+
+        channels, skips = dims[0], []
+        self.down, self.halve = nnx.List(), nnx.List()
+        for level, dim in enumerate(dims):
+            self.down.append(nnx.List())
+            for _ in range(config.BLOCKS):
+                self.down[level].append(stage(channels, dim, level))
+                channels = dim
+                skips.append(dim)
+            if level < last:
+                self.halve.append(conv(dim, dim, rngs, strides=2))
+
+        self.middle = nnx.List([stage(channels, channels, last), ResBlock(channels, channels, config.T_out, rngs)])
+
+        self.up, self.double = nnx.List(), nnx.List()
+        for level, dim in reversed(list(enumerate(dims))):
+            self.up.append(nnx.List())
+            for _ in range(config.BLOCKS):
+                self.up[last - level].append(stage(channels + skips.pop(), dim, level))
+                channels = dim
+            if level > 0:
+                self.double.append(conv(dim, dim, rngs))
+
+        self.exit_norm = group_norm(channels, rngs)
+        self.exit = conv(channels, pixels, rngs, zero=True)
+
+    def __call__(
+        self,
+        noisy: Float[Array, "b h w c"],
+        t: Int[Array, "b"],
+        text_emb: Float[Array, "b l d"],
+        text_mask: Bool[Array, "b l"],
+    ) -> Float[Array, "b h w c"]:
+        text = self.text_norm(text_emb)
+        visible = text_mask[:, :, None].astype(text.dtype)
+        pooled = (text * visible).sum(axis=1) / visible.sum(axis=1)
+        condition = nnx.silu(self.timestamp(t) + self.pooled_text(pooled))
+
+        x = self.entry(patchify(noisy, self.patch))
+        skips = []
+        for level, stages in enumerate(self.down):
+            for stage in stages:
+                x = stage(x, condition, text, text_mask)
+                skips.append(x)
+            if level < len(self.halve):
+                x = self.halve[level](x)
+
+        stage, block = self.middle
+        x = block(stage(x, condition, text, text_mask), condition)
+
+        for level, stages in enumerate(self.up):
+            for stage in stages:
+                x = stage(jnp.concatenate([x, skips.pop()], axis=-1), condition, text, text_mask)
+            if level < len(self.double):
+                x = self.double[level](x.repeat(2, axis=1).repeat(2, axis=2))
+
+        return unpatchify(self.exit(nnx.silu(self.exit_norm(x))), self.patch)

@@ -1,0 +1,180 @@
+"""From words to pictures: a checkpoint, its text encoder and a sampler behind one method.
+
+    from pipeline import DiffusionPipeline
+    DiffusionPipeline("models_vA0/final").generate_image("red heart", "heart.png", cfg=True, c=7)
+
+The same prompt and seed give the same picture, whatever else is drawn beside it: each picture starts from noise of
+its own seed, and the network always runs on batches of one fixed size.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, UInt8
+from PIL import Image
+
+import checkpoint as checkpoints
+import device
+import schedule as schedules
+from dataloader import to_bytes
+from grids import save_png
+from model import UNet
+from params import Params
+from samplers import ddim, guide, threshold, trailing
+from text_encoder import TextEncoder
+
+Context = tuple[Float[Array, "l d"], Bool[Array, "l"]]  # embeddings and mask of one caption's tokens
+
+
+def build_draw(config: Params, graphdef: nnx.GraphDef) -> Callable[..., UInt8[Array, "b h w c"]]:
+    """The jitted function that draws a batch; it is compiled once per batch size, steps and guided or not.
+
+    draw(weights, seeds [b], text_emb [b, l, d], text_mask [b, l], null, guidance, steps=…, guided=…) -> uint8 pictures.
+    Guided drawing evaluates the network on a doubled batch; guidance itself may change without recompilation.
+    """
+    schedule = schedules.cosine(config.T)
+    shape = (config.H, config.W, config.CHANNELS)
+
+    @partial(jax.jit, static_argnames=("steps", "guided"))
+    def draw(
+        weights: dict,
+        seeds: Int[Array, "b"],
+        text_emb: Float[Array, "b l d"],
+        text_mask: Bool[Array, "b l"],
+        null: Context,
+        guidance: Float[Array, ""],
+        *,
+        steps: int,
+        guided: bool,
+    ) -> UInt8[Array, "b h w c"]:
+        model = nnx.merge(graphdef, nnx.State(weights))
+        if guided:
+            null_emb, null_mask = (jnp.broadcast_to(part, (len(seeds), *part.shape)) for part in null)
+            text_emb = jnp.concatenate([text_emb, null_emb])
+            text_mask = jnp.concatenate([text_mask, null_mask])
+
+        def denoise(noisy: Float[Array, "b h w c"], t: Int[Array, "b"]) -> Float[Array, "b h w c"]:
+            copies = 2 if guided else 1
+            eps = model(jnp.tile(noisy, (copies, 1, 1, 1)), jnp.tile(t, copies), text_emb, text_mask)
+            if guided:
+                eps = guide(*jnp.split(eps, 2), guidance)
+            return threshold(schedules.denoised_from_eps(schedule, noisy, eps, t))
+
+        noise = jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape))(seeds)
+        return to_bytes(ddim(denoise, schedule, noise, trailing(config.T, steps)))
+
+    return draw
+
+
+class DiffusionPipeline:
+    """Draws pictures from prompts with the averaged weights of a checkpoint.
+
+    Errors: CheckpointError where the checkpoint is missing, damaged or of another encoder; EncoderError where its
+    encoder cannot be had; ValueError for a prompt, guidance, steps, seed or size that cannot be drawn.
+    """
+
+    def __init__(self, checkpoint: str | Path = "models_vA0/final"):
+        device.keep_compiled()
+        path = Path(checkpoint)
+        self.about = checkpoints.about(path)
+        try:
+            self.config = Params.from_json(self.about["config"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise checkpoints.CheckpointError(f"{path / 'about'}: {error}") from error
+        self.encoder = TextEncoder(self.config.encoder)
+        if self.encoder.identity["sha256"] != self.about["encoder"]["sha256"]:
+            raise checkpoints.CheckpointError(
+                f"{path} was trained with the weights {self.about['encoder']['sha256'][:12]}… of {self.config.encoder}, "
+                f"those here are {self.encoder.identity['sha256'][:12]}…; bring the encoder that it was trained with"
+            )
+        graphdef, like = nnx.split(nnx.eval_shape(lambda: UNet(self.config, self.encoder.dim, nnx.Rngs(0))))
+        self.weights = checkpoints.restore(path, "ema", nnx.to_pure_dict(like))
+        if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(self.weights)):
+            raise checkpoints.CheckpointError(f"{path}: the weights hold non-finite numbers; take an earlier checkpoint")
+        self.null = tuple(part[0] for part in self.encoder([""], self.config.TEXT_LEN))
+        self.batch = 16 if device.on_accelerator() else 2  # pictures per call of the network; small fits a CPU's cache
+        self._draw = build_draw(self.config, graphdef)
+
+    def generate_image(
+        self,
+        prompt: str,
+        output_path: str | Path | None = None,
+        cfg: bool = True,
+        c: float = 7,
+        *,
+        steps: int = 25,
+        seed: int = 0,
+        size: int | None = None,
+    ) -> Image.Image:
+        """Draw a prompt; writes a PNG where output_path is given.
+
+        cfg: classifier-free guidance of strength c (1: the plain conditional model). size: side of the returned
+        picture in pixels, resized from the model's own; None leaves it.
+        """
+        (image,) = self.generate_images([prompt], cfg, c, steps=steps, seeds=[seed], size=size)
+        if output_path is not None:
+            save_png(image, Path(output_path), {"prompt": prompt, "c": c if cfg else 1, "steps": steps, "seed": seed})
+        return image
+
+    def generate_images(
+        self,
+        prompts: Sequence[str],
+        cfg: bool = True,
+        c: float = 7,
+        *,
+        steps: int = 25,
+        seeds: int | Sequence[int] = 0,
+        size: int | None = None,
+    ) -> list[Image.Image]:
+        """Draw any number of prompts, each from its own seed (or all from one)."""
+        pictures = self.generate_arrays(prompts, cfg, c, steps=steps, seeds=seeds)
+        images = [Image.fromarray(picture.squeeze()) for picture in pictures]
+        if size is None:
+            return images
+        if size < 1:
+            raise ValueError(f"size = {size}: allowed are whole numbers of pixels from 1 up")
+        return [image.resize((size, round(size * image.height / image.width)), Image.LANCZOS) for image in images]
+
+    def generate_arrays(
+        self,
+        prompts: Sequence[str],
+        cfg: bool = True,
+        c: float = 7,
+        *,
+        steps: int = 25,
+        seeds: int | Sequence[int] = 0,
+    ) -> UInt8[np.ndarray, "n h w c"]:
+        """As generate_images, as one array of bytes."""
+        if isinstance(prompts, str):
+            raise ValueError("prompts is one text: give a list of prompts, or call generate_image")
+        seeds = [seeds] * len(prompts) if isinstance(seeds, int | np.integer) else list(seeds)
+        for prompt in prompts:
+            if not prompt.strip():
+                raise ValueError("the prompt is empty: say in a few words what to draw")
+        if len(seeds) != len(prompts):
+            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one seed, or one for each prompt")
+        if not all(0 <= seed < 2**31 for seed in seeds):
+            raise ValueError(f"seed = {seeds}: allowed are whole numbers from 0 to {2**31 - 1}")
+        if not (math.isfinite(c) and c >= 0):
+            raise ValueError(f"c = {c}: allowed are finite numbers from 0 up (1 is no guidance, 7 the default)")
+        trailing(self.config.T, steps)  # refuses wrong steps before any work
+
+        text_emb, text_mask = self.encoder(list(prompts), self.config.TEXT_LEN)
+        pictures = []
+        for start in range(0, len(prompts), self.batch):
+            part = slice(start, start + self.batch)
+            batch = (np.asarray(seeds[part], np.int32), text_emb[part], text_mask[part])
+            padded = [np.resize(array, (self.batch, *array.shape[1:])) for array in batch]
+            drawn = self._draw(self.weights, *padded, self.null, float(c), steps=steps, guided=cfg and c != 1)
+            pictures.append(np.asarray(drawn)[: len(batch[0])])
+        return np.concatenate(pictures) if pictures else np.zeros((0, *self._shape), np.uint8)
+
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        return self.config.H, self.config.W, self.config.CHANNELS

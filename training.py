@@ -1,0 +1,122 @@
+"""One step of training: noise a batch, predict the noise, descend.
+
+Each picture of a batch is diffused to its own random step t; the loss is the mean squared error of the predicted
+noise (Ho et al. 2020, Eq. 14). AdamW with linear warm-up and a clipped gradient norm takes the step; an exponential
+moving average of the weights, its length growing with the run, is what draws later. A step whose loss or gradient is
+not finite changes no weight and is counted.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+import dataloader
+import schedule as schedules
+from dataloader import Batch, Data
+from model import UNet
+from params import Params
+
+LEVELS = 10  # equal stretches of 1 … T over which the loss is recorded, the image side first
+
+
+class Records(NamedTuple):
+    """Sums since the records were last read."""
+
+    loss: Float[Array, "levels"]
+    count: Float[Array, "levels"]
+    grad_norm: Float[Array, ""]
+    skipped: Int[Array, ""]  # steps that were not finite
+
+
+class TrainState(NamedTuple):
+    weights: dict
+    ema: dict
+    optimizer: Any
+    step: Int[Array, ""]
+    records: Records
+
+
+def no_records() -> Records:
+    return Records(jnp.zeros(LEVELS), jnp.zeros(LEVELS), jnp.zeros(()), jnp.zeros((), jnp.int32))
+
+
+def build_optimizer(config: Params) -> optax.GradientTransformation:
+    """AdamW (Loshchilov & Hutter 2019) behind a clipped gradient norm, the learning rate rising linearly at first."""
+    rate = optax.linear_schedule(0.0 if config.warmup else config.learning_rate, config.learning_rate, config.warmup)
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip), optax.adamw(rate, weight_decay=config.weight_decay)
+    )
+
+
+def init(config: Params, text_dim: int, key: Key[Array, ""]) -> tuple[nnx.GraphDef, TrainState]:
+    """The network's structure, and the state that training starts from."""
+    graphdef, weights = nnx.split(UNet(config, text_dim, nnx.Rngs(key)))
+    weights = nnx.to_pure_dict(weights)
+    optimizer = build_optimizer(config).init(weights)
+    ema = jax.tree.map(jnp.copy, weights)
+    return graphdef, TrainState(weights, ema, optimizer, jnp.zeros((), jnp.int32), no_records())
+
+
+def loss_per_picture(
+    model: UNet, batch: Batch, key: Key[Array, ""], schedule: schedules.Schedule
+) -> tuple[Float[Array, "b"], Int[Array, "b"]]:
+    """Squared error of the predicted noise, mean over each picture, and the steps t they were diffused to."""
+    t_key, noise_key = jax.random.split(key)
+    T = len(schedule.alpha) - 1
+    t = jax.random.randint(t_key, (len(batch.image),), 1, T + 1)
+    noise = jax.random.normal(noise_key, batch.image.shape)
+    noisy = schedules.add_noise(schedule, batch.image, noise, t)
+    eps = model(noisy, t, batch.text_emb, batch.text_mask)
+    return jnp.mean((eps - noise) ** 2, axis=(1, 2, 3)), t
+
+
+def ema_decay(step: Int[Array, ""], longest: float) -> Float[Array, ""]:
+    """Decay of the average at a step: short at first, so that the initial weights are soon forgotten."""
+    return jnp.minimum(longest, (1 + step) / (10 + step))
+
+
+def build_train_step(
+    config: Params, graphdef: nnx.GraphDef
+) -> Callable[[TrainState, Data, Key[Array, ""]], tuple[TrainState, Float[Array, ""]]]:
+    """The jitted step: (state, data, seed key) -> (next state, loss); the state's buffers are donated."""
+    schedule = schedules.cosine(config.T)
+    optimizer = build_optimizer(config)
+
+    def train_step(state: TrainState, data: Data, key: Key[Array, ""]) -> tuple[TrainState, Float[Array, ""]]:
+        data_key, noise_key = jax.random.split(key)
+        batch = dataloader.sample_batch(
+            data, data_key, state.step, B=config.B, embedding_dropout=config.embedding_dropout
+        )
+
+        def objective(weights: dict):
+            model = nnx.merge(graphdef, nnx.State(weights))
+            losses, t = loss_per_picture(model, batch, jax.random.fold_in(noise_key, state.step), schedule)
+            return losses.mean(), (losses, t)
+
+        (loss, (losses, t)), gradient = jax.value_and_grad(objective, has_aux=True)(state.weights)
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.weights)
+        weights = optax.apply_updates(state.weights, updates)
+        decay = ema_decay(state.step, config.ema)
+        ema = jax.tree.map(lambda average, new: decay * average + (1 - decay) * new, state.ema, weights)
+
+        grad_norm = optax.global_norm(gradient)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        level = (t - 1) * LEVELS // config.T
+        records = Records(
+            loss=state.records.loss.at[level].add(losses),
+            count=state.records.count.at[level].add(1.0),
+            grad_norm=state.records.grad_norm + grad_norm,
+            skipped=state.records.skipped,
+        )
+        moved = (weights, ema, optimizer_state, records)
+        stayed = (*state[:3], state.records._replace(skipped=state.records.skipped + 1))
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, stayed)
+        weights, ema, optimizer_state, records = kept
+        return TrainState(weights, ema, optimizer_state, state.step + 1, records), loss
+
+    return jax.jit(train_step, donate_argnums=0)
