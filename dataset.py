@@ -87,7 +87,8 @@ def load(
     full = False
     for start in range(0, len(rows), BLOCK):
         block = rows[start : start + BLOCK]
-        decoded, wrong = _decoded(root, vendor, [row.index for row in block if not row.fault], (height, width, channels))
+        named = [row.index for row in block if not row.fault]
+        decoded, wrong = _decoded(root, vendor, named, (height, width, channels))
         good = iter(zip(decoded, wrong, strict=True))
         for row in block:
             seen += 1
@@ -289,7 +290,7 @@ def _fitted(path: Path, shape: tuple[int, int, int]) -> np.ndarray | str:
 
 
 def fit(picture: Image.Image, height: int, width: int, channels: int) -> np.ndarray:
-    """An RGBA picture as uint8 [height, width, channels]: scaled to fit, centred, padded, and seen as the module says."""
+    """An RGBA picture as uint8 [height, width, channels]: scaled to fit, centred and padded."""
     rgba = np.asarray(picture, np.float32)
     alpha = rgba[..., 3:]
     premultiplied = np.concatenate([rgba[..., :3] * (alpha / 255), alpha], -1)
@@ -298,17 +299,16 @@ def fit(picture: Image.Image, height: int, width: int, channels: int) -> np.ndar
     if inner != picture.size:
         planes = [Image.fromarray(np.ascontiguousarray(premultiplied[..., c])) for c in range(4)]
         premultiplied = np.stack([np.asarray(plane.resize(inner, Image.Resampling.LANCZOS)) for plane in planes], -1)
-    alpha = premultiplied[..., 3:]  # Lanczos rings: where alpha overshoots, so does the colour, in proportion
-    premultiplied = premultiplied * (alpha.clip(0, 255) / np.maximum(alpha, 1e-6))
-    premultiplied = premultiplied.clip(0, premultiplied[..., 3:])
+    alpha = premultiplied[..., 3:]
+    colour = (premultiplied[..., :3] / np.maximum(alpha, 1e-6) * 255).clip(0, 255)  # where one rings, so does the other
     left, top = (width - inner[0]) // 2, (height - inner[1]) // 2
-    canvas = np.zeros((height, width, 4), np.float32)
-    canvas[top : top + inner[1], left : left + inner[0]] = premultiplied
-    alpha = np.rint(canvas[..., 3:])
+    clear = np.array([255, 255, 255, 0], np.float32)
+    canvas = np.tile(clear, (height, width, 1))
+    canvas[top : top + inner[1], left : left + inner[0]] = np.concatenate([colour, alpha.clip(0, 255)], -1)
+    colour, alpha = canvas[..., :3], canvas[..., 3:]
     if channels == 4:
-        colour = np.where(alpha > 0, canvas[..., :3] / np.maximum(canvas[..., 3:], 0.5) * 255, 255)
-        return np.rint(np.concatenate([colour.clip(0, 255), alpha], -1)).astype(np.uint8)
-    on_white = (canvas[..., :3] + 255 - canvas[..., 3:]).clip(0, 255)
+        return np.rint(np.where(np.rint(alpha) > 0, canvas, clear[None, None])).astype(np.uint8)
+    on_white = colour * (alpha / 255) + (255 - alpha)
     if channels == 1:
         on_white = on_white @ np.array([[0.299], [0.587], [0.114]], np.float32)  # ITU-R BT.601 luma
     return np.rint(on_white).astype(np.uint8)

@@ -20,6 +20,7 @@ import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,7 +84,7 @@ def google_font() -> Source:
     if path is None:
         raise PackageError("this machine has no NotoColorEmoji.ttf (Debian and Ubuntu: fonts-noto-color-emoji)")
     try:
-        font = ImageFont.truetype(path, size=109)
+        font = ImageFont.truetype(io.BytesIO(Path(path).read_bytes()), size=109)  # by name it might take another one
         one = font.getlength("😀")
         undefined = bytes(font.getmask("\U0010fffe"))
     except OSError as error:
@@ -94,11 +95,11 @@ def google_font() -> Source:
         ImageDraw.Draw(picture).text((0, 0), text, font=font, embedded_color=True, anchor="lt")
         return picture
 
-    # Without a text shaper, or in an older font, a sequence is drawn as its parts side by side: that is no picture of it.
-    known = {text for text in EMOJI if font.getlength(text) == one and bytes(font.getmask(text)) != undefined}
-    return Source(
-        "Google", f"Noto Color Emoji, OFL-1.1, from this machine's {Path(path).name}", {text: lambda text=text: draw(text) for text in known}
-    )
+    # Without a text shaper, or in an older font, a sequence is drawn as its parts side by side: no picture of it.
+    shown = {text: text.removesuffix(VS16) if len(text) == 2 else text for text in EMOJI}  # VS16 is a part as well
+    known = {a: b for a, b in shown.items() if font.getlength(b) == one and bytes(font.getmask(b)) != undefined}
+    title = f"Noto Color Emoji, OFL-1.1, from this machine's {Path(path).name}"
+    return Source("Google", title, {text: lambda part=part: draw(part) for text, part in known.items()})
 
 
 def _fonts() -> Iterator[str]:
@@ -147,7 +148,7 @@ def name_of(text: str) -> str:
 def concept(text: str) -> str:
     """What all variants of one drawing share.
 
-    Gender, age group and direction are dropped: 🏃‍♀️‍➡️ is 🏃, 👩‍🎓 is 🧑‍🎓. People in company (families, kisses, couples) are one
+    Gender and direction are dropped: 🏃‍♀️‍➡️ is 🏃, 👩‍🎓 is 🧑‍🎓. People in company (families, kisses, couples) are one
     concept. What is joined to anything but a person is a variant of that: 🐈‍⬛ is 🐈. A flag is a concept by itself.
     """
     if "\U0001f1e6" <= text[0] <= "\U0001f1ff" or text[0] in "🏴🏳":
@@ -202,7 +203,7 @@ def prepare(root: Path, vendor: str = "", *, progress: bool = True) -> str:
     """Fill `root` with a vendor's pictures and their captions; without a vendor, the first that can be had.
 
     Keeps what is already right, so it resumes; a CSV keeps its numbers and gets rows for new emoji only.
-    Returns the vendor taken. Raises DatasetError where the CSV is somebody else's, PackageError where nothing can be had.
+    Returns the vendor taken. Raises DatasetError for somebody else's CSV, PackageError where nothing can be had.
     """
     table = _table(root / CSV)
     source = _source(vendor)
@@ -283,9 +284,10 @@ def _write(table: pd.DataFrame, path: Path) -> None:
         table.to_csv(beside, index=False, encoding="utf-8")
         beside.replace(path)
     except OSError as error:
-        raise DatasetError(f"cannot write {path}: {error.strerror or error}; choose another folder with --data") from None
+        raise DatasetError(f"cannot write {path}: {error.strerror or error}; choose another with --data") from None
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink()
 
 
 def _shows(path: Path, points: str) -> bool:

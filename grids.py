@@ -22,7 +22,7 @@ def captioned_grid(
 ) -> Image.Image:
     """One RGB picture of all `images` (uint8 [N, H, W, C] with C of 1, 3, 4, or Pillow's own), row by row."""
     if len(images) == 0 or len(images) != len(captions):
-        raise ValueError(f"a grid needs one caption for each picture: got {len(images)} pictures, {len(captions)} captions")
+        raise ValueError(f"a grid needs a caption for each picture, got {len(captions)} for {len(images)} pictures")
     if columns < 1 or cell < 8:
         raise ValueError(f"a grid needs columns >= 1 and cell >= 8 pixels, got columns={columns}, cell={cell}")
     font = ImageFont.load_default(max(9, round(cell / 8)))
@@ -108,7 +108,7 @@ def save_png(image: Image.Image | np.ndarray, path: Path, metadata: dict | None 
         picture.save(beside, format="PNG", pnginfo=notes)
         beside.replace(path)
     except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror or error}; choose a folder that you may write to") from error
+        raise OSError(f"cannot write {path}: {error.strerror or error}; choose another folder") from error
     finally:
         with suppress(OSError):
             beside.unlink()

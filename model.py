@@ -21,18 +21,18 @@ from jaxtyping import Array, Bool, Float, Int
 from params import Params
 
 
-def patchify(image: Float[Array, "b h w c"], size: int) -> Float[Array, "b h/size w/size c*size*size"]:
-    """Fold size × size pixels into channels (space to depth)."""
+def patchify(image: Float[Array, "b h w c"], size: int) -> Float[Array, "b rows columns d"]:
+    """Fold size × size pixels into channels (space to depth): d = size² c."""
     b, h, w, c = image.shape
     blocks = image.reshape(b, h // size, size, w // size, size, c)
     return blocks.transpose(0, 1, 3, 2, 4, 5).reshape(b, h // size, w // size, size * size * c)
 
 
-def unpatchify(folded: Float[Array, "b h w c"], size: int) -> Float[Array, "b h*size w*size c/size/size"]:
+def unpatchify(folded: Float[Array, "b rows columns d"], size: int) -> Float[Array, "b h w c"]:
     """The inverse of patchify (depth to space)."""
-    b, h, w, c = folded.shape
-    blocks = folded.reshape(b, h, w, size, size, c // size**2)
-    return blocks.transpose(0, 1, 3, 2, 4, 5).reshape(b, h * size, w * size, c // size**2)
+    b, rows, columns, d = folded.shape
+    blocks = folded.reshape(b, rows, columns, size, size, d // size**2)
+    return blocks.transpose(0, 1, 3, 2, 4, 5).reshape(b, rows * size, columns * size, d // size**2)
 
 
 def sinusoid(t: Int[Array, "b"], size: int) -> Float[Array, "b size"]:

@@ -74,9 +74,9 @@ def check(root: Path) -> int:
     faults = dataset.check(root)
     for where, what in faults:
         print(f"{where}: {what}")
-    counts = ", ".join(f"{len(list((root / 'image' / vendor).glob('*.png')))} {vendor}" for vendor in dataset.vendors(root))
+    counts = {vendor: len(list((root / "image" / vendor).glob("*.png"))) for vendor in dataset.vendors(root)}
     verdict = f"{len(faults)} faulty rows and pictures" if faults else "no faults"
-    print(f"{root}: {verdict}; pictures: {counts or 'none'}")
+    print(f"{root}: {verdict}; pictures: {', '.join(f'{n} {vendor}' for vendor, n in counts.items()) or 'none'}")
     return 1 if faults else 0
 
 

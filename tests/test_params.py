@@ -1,0 +1,54 @@
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from params import PRESETS, RANGES, Params
+
+ROOT = Path(__file__).parent.parent
+FIELDS = [field.name for field in dataclasses.fields(Params)]
+
+
+@pytest.mark.parametrize("field", RANGES)
+def test_values_outside_the_range_are_refused_by_name_with_the_range(field):
+    low, high = RANGES[field]
+    for value in (low - 1, high + 1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=rf"{field} = .*from {re.escape(str(low))} to {re.escape(str(high))}"):
+            Params(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"CHANNELS": 2}, "CHANNELS = 2.*1 .grey., 3 .colour., 4"),
+        ({"DIM_MULTS": ()}, r"DIM_MULTS = \(\)"),
+        ({"DIM_MULTS": (1, 0)}, r"DIM_MULTS = \(1, 0\)"),
+        ({"T_dim": 7}, "T_dim = 7.*even"),
+        ({"H": 60}, "H = 60.*multiples of 8"),
+        ({"W": 40, "PATCH": 2}, "W = 40.*multiples of 16"),
+        ({"self_attention": (4,)}, r"self_attention = \(4,\).*0 to 3"),
+        ({"cross_attention": (-1,)}, r"cross_attention = \(-1,\).*0 to 3"),
+        ({"HEAD_DIM": 48}, "HEAD_DIM = 48.*256"),
+    ],
+)
+def test_contradictions_are_refused_by_name(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        Params(**wrong)
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
+def test_a_configuration_survives_json(preset):
+    assert Params.from_json(json.loads(json.dumps(preset.to_json()))) == preset
+
+
+def test_a_field_of_another_version_is_named():
+    with pytest.raises(ValueError, match="unknown fields .'colour'"):
+        Params.from_json({**Params().to_json(), "colour": 1})
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_every_field_is_read_somewhere(field):
+    source = "".join(path.read_text() for path in ROOT.glob("*.py") if path.name != "params.py")
+    assert re.search(rf"\bconfig\.{field}\b", source)

@@ -1,0 +1,71 @@
+"""The schedule against an independent transcription in float64, and its conversions against each other."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import schedule as schedules
+
+SHAPE = (5, 3, 2, 1)
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion():
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+def mixture(T, seed=0):
+    """A schedule, a noisy batch at random steps above 0, and what it was mixed from."""
+    image_key, noise_key, t_key = jax.random.split(jax.random.key(seed), 3)
+    schedule = schedules.cosine(T)
+    image, noise = jax.random.normal(image_key, SHAPE), jax.random.normal(noise_key, SHAPE)
+    t = jax.random.randint(t_key, SHAPE[:1], 1, T)
+    return schedule, image, noise, t, schedules.add_noise(schedule, image, noise, t)
+
+
+@pytest.mark.parametrize("T", [2, 7, 50, 1000])
+def test_cosine_is_equation_17_with_capped_betas(T):
+    def f(t):
+        return math.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    alpha_bar = [1.0]
+    for t in range(1, T + 1):
+        alpha_bar.append(alpha_bar[-1] * (1 - min(0.999, 1 - f(t) / f(t - 1))))
+    schedule = schedules.cosine(T)
+    np.testing.assert_allclose(schedule.alpha, np.sqrt(alpha_bar), rtol=1e-6)
+    np.testing.assert_allclose(schedule.sigma, np.sqrt(1 - np.array(alpha_bar)), rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("T", [2, 50, 1000])
+def test_steps_run_from_image_to_noise(T):
+    schedule = schedules.cosine(T)
+    assert schedule.alpha.shape == schedule.sigma.shape == (T + 1,)
+    assert (schedule.alpha[0], schedule.sigma[0]) == (1, 0)
+    assert schedule.alpha[-1] > 0
+    assert (np.diff(schedule.log_snr) < 0).all()
+    np.testing.assert_allclose(schedule.alpha**2 + schedule.sigma**2, 1, rtol=1e-6)
+    np.testing.assert_allclose(
+        schedule.log_snr[1:], np.log(schedule.alpha[1:] ** 2 / schedule.sigma[1:] ** 2), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_noising_keeps_unit_variance_and_ends_are_pure():
+    schedule, image, noise, _, _ = mixture(1000)
+    at = lambda t: schedules.add_noise(schedule, image, noise, jnp.full(SHAPE[:1], t))  # noqa: E731
+    np.testing.assert_array_equal(at(0), image)
+    np.testing.assert_allclose(at(1000), noise, atol=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_conversions_recover_what_was_mixed(seed):
+    schedule, image, noise, t, noisy = mixture(100, seed)
+    alpha, sigma = schedules.mix_at(schedule, t)
+    close = {"rtol": 2e-4, "atol": 2e-4}
+    np.testing.assert_allclose(schedules.denoised_from_eps(schedule, noisy, noise, t), image, rtol=1e-3, atol=1e-2)
+    np.testing.assert_allclose(schedules.eps_from_denoised(schedule, noisy, image, t), noise, **close)
+    np.testing.assert_allclose(schedules.v_from_denoised(schedule, noisy, image, t), alpha * noise - sigma * image, **close)
+    np.testing.assert_allclose(schedules.denoised_from_v(schedule, noisy, alpha * noise - sigma * image, t), image, **close)
