@@ -72,4 +72,6 @@ def _read(path: Path, item: str, args):
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
             return reader.restore(path, args=ocp.args.Composite(**{item: args}))[item]
     except Exception as error:  # Orbax and TensorStore raise a dozen kinds for a damaged or unlike file
-        raise CheckpointError(f"{path / item} cannot be read: {str(error).splitlines()[0]}; take another one") from error
+        raise CheckpointError(
+            f"{path / item} cannot be read: {str(error).splitlines()[0]}; take another one"
+        ) from error

@@ -8,7 +8,6 @@ permutation(fold_in(key, e)). So nothing has to be saved to go on where a run st
 import hashlib
 import json
 import os
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -68,9 +67,7 @@ def order(key: Key[Array, ""], step: Int[Array, ""], *, n: int, B: int) -> Int[A
     return shuffled[place // n - first, place % n]
 
 
-def sample_batch(
-    data: Data, key: Key[Array, ""], step: Int[Array, ""], *, B: int, embedding_dropout: float
-) -> Batch:
+def sample_batch(data: Data, key: Key[Array, ""], step: Int[Array, ""], *, B: int, embedding_dropout: float) -> Batch:
     """The batch of a step; with probability embedding_dropout a caption is replaced by the empty one."""
     order_key, dropout_key = jax.random.split(key)
     rows = order(order_key, step, n=len(data.images), B=B)

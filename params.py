@@ -8,6 +8,7 @@ drawing from one needs nothing but its path.
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 RANGES = {  # lowest and highest allowed value
     "MAX_INDEX": (0, 10_000_000),
@@ -55,6 +56,7 @@ class Params:
 
     # Diffusion
     T: int = 1000  # steps from picture to noise
+    prediction: Literal["eps", "v", "x0"] = "eps"  # what the network predicts: noise, velocity, clean picture
 
     # Network
     T_dim: int = 128  # size of the sinusoidal timestep embedding
@@ -89,6 +91,8 @@ class Params:
                 raise ValueError(f"{field} = {value}: allowed are values from {low} to {high}")
         if self.CHANNELS not in (1, 3, 4):
             raise ValueError(f"CHANNELS = {self.CHANNELS}: allowed are 1 (grey), 3 (colour), 4 (with transparency)")
+        if self.prediction not in ("eps", "v", "x0"):
+            raise ValueError(f"prediction = {self.prediction!r}: allowed are 'eps', 'v' and 'x0'")
         if not self.DIM_MULTS or min(self.DIM_MULTS) < 1:
             raise ValueError(f"DIM_MULTS = {self.DIM_MULTS}: allowed are one or more whole numbers from 1 up")
         if self.T_dim % 2:
@@ -125,15 +129,16 @@ class Params:
 
 
 _cpu = Params(
-    H=32, W=32, PATCH=2, DIM_MULTS=(1, 2), self_attention=(1,), cross_attention=(1,), TEXT_LEN=32,
-    encoder="sentence-transformers/all-MiniLM-L6-v2", B=16, learning_rate=4e-4, ema=0.999, epochs=80,
-    sample_every=10, save_every=20,
+    H=32, W=32, PATCH=2, BASE_DIM=96, DIM_MULTS=(1, 2), self_attention=(1,), cross_attention=(1,), prediction="v",
+    encoder="sentence-transformers/all-MiniLM-L6-v2", B=16, learning_rate=4e-4, ema=0.999, epochs=100,
+    sample_every=10, save_every=25,
 )  # fmt: skip
 
 PRESETS = {
     "quick": dataclasses.replace(
-        _cpu, MAX_INDEX=64, B=8, learning_rate=6e-4, warmup=100, ema=0.995, epochs=250, sample_every=50, save_every=125
+        _cpu, MAX_INDEX=64, BLOCKS=1, B=8, learning_rate=6e-4, warmup=100, ema=0.995, epochs=200,
+        sample_every=50, save_every=100,
     ),
     "cpu": _cpu,
-    "emoji64": Params(),
-}
+    "emoji64": Params(prediction="v"),
+}  # fmt: skip

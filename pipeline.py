@@ -61,10 +61,10 @@ def build_draw(config: Params, graphdef: nnx.GraphDef) -> Callable[..., UInt8[Ar
 
         def denoise(noisy: Float[Array, "b h w c"], t: Int[Array, "b"]) -> Float[Array, "b h w c"]:
             copies = 2 if guided else 1
-            eps = model(jnp.tile(noisy, (copies, 1, 1, 1)), jnp.tile(t, copies), text_emb, text_mask)
+            predicted = model(jnp.tile(noisy, (copies, 1, 1, 1)), jnp.tile(t, copies), text_emb, text_mask)
             if guided:
-                eps = guide(*jnp.split(eps, 2), guidance)
-            return threshold(schedules.denoised_from_eps(schedule, noisy, eps, t))
+                predicted = guide(*jnp.split(predicted, 2), guidance)
+            return threshold(schedules.denoised_from(schedule, noisy, predicted, t, config.prediction))
 
         noise = jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape))(seeds)
         return to_bytes(ddim(denoise, schedule, noise, trailing(config.T, steps)))
@@ -90,13 +90,16 @@ class DiffusionPipeline:
         self.encoder = TextEncoder(self.config.encoder)
         if self.encoder.identity["sha256"] != self.about["encoder"]["sha256"]:
             raise checkpoints.CheckpointError(
-                f"{path} was trained with the weights {self.about['encoder']['sha256'][:12]}… of {self.config.encoder}, "
-                f"those here are {self.encoder.identity['sha256'][:12]}…; bring the encoder that it was trained with"
+                f"{path} was trained with the weights {self.about['encoder']['sha256'][:12]}… of "
+                f"{self.config.encoder}, those here are {self.encoder.identity['sha256'][:12]}…; "
+                "bring the encoder that it was trained with"
             )
         graphdef, like = nnx.split(nnx.eval_shape(lambda: UNet(self.config, self.encoder.dim, nnx.Rngs(0))))
         self.weights = checkpoints.restore(path, "ema", nnx.to_pure_dict(like))
         if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(self.weights)):
-            raise checkpoints.CheckpointError(f"{path}: the weights hold non-finite numbers; take an earlier checkpoint")
+            raise checkpoints.CheckpointError(
+                f"{path}: the weights hold non-finite numbers; take an earlier checkpoint"
+            )
         self.null = tuple(part[0] for part in self.encoder([""], self.config.TEXT_LEN))
         self.batch = 16 if device.on_accelerator() else 2  # pictures per call of the network; small fits a CPU's cache
         self._draw = build_draw(self.config, graphdef)

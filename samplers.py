@@ -50,8 +50,11 @@ def guide(
     return unconditional + guidance * (conditional - unconditional)
 
 
-def threshold(denoised: Float[Array, "b h w c"], percentile: float = 99.5) -> Float[Array, "b h w c"]:
-    """Bring each image back into [-1, 1] by its own extremes: dynamic thresholding  (Saharia et al. 2022, Section 2.3)."""
-    extreme = jnp.percentile(jnp.abs(denoised), percentile, axis=(1, 2, 3), keepdims=True)
-    limit = jnp.maximum(extreme, 1.0)
-    return jnp.clip(denoised, -limit, limit) / limit
+def threshold(denoised: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    """Clip an estimate to the range of pictures: static thresholding  (Saharia et al. 2022, Section 2.3).
+
+    It keeps strong guidance from burning a picture out: what overshoots is held at the border at every step, and the
+    next estimate starts from there. The dynamic kind divides each picture by its extremes, which turns the white that
+    surrounds an emoji grey.
+    """
+    return jnp.clip(denoised, -1, 1)

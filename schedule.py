@@ -7,16 +7,17 @@ A noisy picture at step t is a known mixture,
 with t = 0 at the image side (alpha = 1) and t = T at the noise side. alpha_bar_t = alpha_t^2 falls along a squared
 cosine (Nichol & Dhariwal 2021, Eq. 17), their betas capped at 0.999, so that alpha_T stays above zero. Given `noisy`
 and t, the noise (ε), the clean image and the velocity v = alpha * noise - sigma * image (Salimans & Ho 2022) each
-determine the other two; the functions below are those identities.
+determine the other two; the functions below are those identities, and a network may be trained to predict any of them.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 NAME = "cosine"  # recorded in every checkpoint
+Prediction = Literal["eps", "v", "x0"]  # what the network predicts: the noise, the velocity, the clean image
 
 
 class Schedule(NamedTuple):
@@ -32,7 +33,7 @@ class Schedule(NamedTuple):
 
 
 def cosine(T: int) -> Schedule:
-    """The cosine schedule over T steps, in float64 on the host, stored as float32 [T + 1] (Nichol & Dhariwal, Eq. 17)."""
+    """The cosine schedule, computed in float64 on the host, kept as float32 [T + 1] (Nichol & Dhariwal, Eq. 17)."""
     offset = 0.008
     curve = np.cos((np.arange(T + 1) / T + offset) / (1 + offset) * np.pi / 2) ** 2
     beta = np.minimum(1 - curve[1:] / curve[:-1], 0.999)
@@ -84,3 +85,29 @@ def denoised_from_v(
     """The image under velocity v: alpha * noisy - sigma * v  (Salimans & Ho 2022, Appendix D)."""
     alpha, sigma = mix_at(schedule, t)
     return alpha * noisy - sigma * v
+
+
+def target(
+    schedule: Schedule,
+    image: Float[Array, "b h w c"],
+    noise: Float[Array, "b h w c"],
+    t: Int[Array, "b"],
+    prediction: Prediction,
+) -> Float[Array, "b h w c"]:
+    """What a network that predicts `prediction` should say about the mixture of image and noise at step t."""
+    alpha, sigma = mix_at(schedule, t)
+    return {"eps": noise, "v": alpha * noise - sigma * image, "x0": image}[prediction]
+
+
+def denoised_from(
+    schedule: Schedule,
+    noisy: Float[Array, "b h w c"],
+    predicted: Float[Array, "b h w c"],
+    t: Int[Array, "b"],
+    prediction: Prediction,
+) -> Float[Array, "b h w c"]:
+    """The clean image that a network's output stands for."""
+    if prediction == "x0":
+        return predicted
+    convert = {"eps": denoised_from_eps, "v": denoised_from_v}[prediction]
+    return convert(schedule, noisy, predicted, t)

@@ -11,7 +11,6 @@ import json
 import os
 import signal
 import sys
-import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,14 @@ import tyro
 import device
 from params import PRESETS, Params
 
-MAY_CHANGE = {"data", "max_bad", "epochs", "log_every", "sample_every", "save_every"}  # between a run and its resumption
+MAY_CHANGE = {
+    "data",
+    "max_bad",
+    "epochs",
+    "log_every",
+    "sample_every",
+    "save_every",
+}  # between a run and its resumption
 SAMPLES = 16  # pictures in a grid
 
 
@@ -40,7 +46,9 @@ def parse(args: list[str]) -> Options:
     preset = args[0] if named else None
     if named and preset not in PRESETS:
         close = difflib.get_close_matches(preset, PRESETS, 1)
-        sys.exit(f"no preset {preset!r}{f'; did you mean {close[0]!r}?' if close else ''} (presets: {', '.join(PRESETS)})")
+        sys.exit(
+            f"no preset {preset!r}{f'; did you mean {close[0]!r}?' if close else ''} (presets: {', '.join(PRESETS)})"
+        )
     if not named and not {"-h", "--help"} & set(args):
         preset = "emoji64" if device.on_accelerator() else "quick"
         print(f"preset: {preset}, fit for {'an accelerator' if preset == 'emoji64' else 'a CPU'}", flush=True)
@@ -69,7 +77,12 @@ def main() -> None:
             describe(options.config)
         else:
             run(options)
-    except (dataset.DatasetError, packages.PackageError, text_encoder.EncoderError, checkpoint.CheckpointError) as error:
+    except (
+        dataset.DatasetError,
+        packages.PackageError,
+        text_encoder.EncoderError,
+        checkpoint.CheckpointError,
+    ) as error:
         sys.exit(f"train.py: {error}")
 
 
@@ -88,6 +101,7 @@ def run(options: Options) -> None:
     from grids import captioned_grid, save_png
     from pipeline import build_draw
     from text_encoder import TextEncoder
+    from tracking import MetricsLog
 
     output, config = options.output, options.config
     newest = checkpoint.newest(output)
@@ -99,7 +113,8 @@ def run(options: Options) -> None:
 
     root = Path(config.data)
     if not (root / "full_emoji.csv").exists() and config.data == Params.data:
-        config = dataclasses.replace(config, vendor=emoji_sources.prepare(root))
+        wanted = "" if config.vendor == Params.vendor else config.vendor
+        config = dataclasses.replace(config, vendor=emoji_sources.prepare(root, wanted))
     pictures = dataset.load(
         root, vendor=config.vendor, limit=config.MAX_INDEX, height=config.H, width=config.W,
         channels=config.CHANNELS, max_bad=config.max_bad,
@@ -107,10 +122,11 @@ def run(options: Options) -> None:
     for fault in pictures.faults[:5]:
         print(f"skipped: {fault.where}: {fault.what}")
     encoder = TextEncoder(config.encoder)
-    shown = ~pictures.heldout
-    captions = [name for name, train in zip(pictures.names, shown, strict=True) if train]
-    data = dataloader.load(pictures.images[shown], captions, encoder, config.TEXT_LEN)
-    print(f"{len(captions)} pictures of {config.vendor} to train on, {pictures.heldout.sum()} held out")
+    named = list(zip(pictures.names, pictures.heldout, strict=True))
+    captions = [name for name, heldout in named if not heldout]
+    heldout_captions = [name for name, heldout in named if heldout]
+    data = dataloader.load(pictures.images[~pictures.heldout], captions, encoder, config.TEXT_LEN)
+    print(f"{len(captions)} pictures of {config.vendor} to train on, {len(heldout_captions)} held out")
 
     # State: network, optimizer, averaged weights; new, or as the newest checkpoint left them.
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
@@ -120,18 +136,17 @@ def run(options: Options) -> None:
         "encoder": encoder.identity,
         "schedule": {"name": schedule.NAME, "T": config.T},
         "dataset": {"fingerprint": pictures.fingerprint, "pictures": len(captions)},
-        "prompts": example_prompts(captions, [n for n, train in zip(pictures.names, shown, strict=True) if not train]),
+        "prompts": example_prompts(captions, heldout_captions),
     }
     if newest is not None:
         same_run(newest, checkpoint.about(newest), about)
-        saved = checkpoint.restore(newest, "train", dict(weights=state.weights, optimizer=state.optimizer, step=state.step))
+        saved = checkpoint.restore(newest, "train", training.resumable(state))
         state = state._replace(**saved, ema=checkpoint.restore(newest, "ema", state.ema))
         print(f"resumed from {newest}, step {int(state.step)}")
 
     def save(name: str) -> Path:
-        train = dict(weights=state.weights, optimizer=state.optimizer, step=state.step)
-        progress = {"epoch": step * config.B / len(captions), "step": step}
-        checkpoint.save(output / name, ema=state.ema, train=train, about={**about, **progress})
+        now = {**about, "epoch": step * config.B / len(captions), "step": step}
+        checkpoint.save(output / name, ema=state.ema, train=training.resumable(state), about=now)
         return output / name
 
     # Samples: the same prompts and seeds every time, drawn by the averaged weights.
@@ -153,7 +168,7 @@ def run(options: Options) -> None:
     steps = -(-config.epochs * len(captions) // config.B)
     stop = stop_signal()
     in_flight = deque()  # at most two steps are queued, so that the clock is honest and Ctrl-C answers at once
-    log = MetricsLog(output / "metrics.jsonl", step)
+    log = MetricsLog(output / "metrics.jsonl", step, len(captions), config.B)
     bar = tqdm(total=steps * config.B, initial=step * config.B, unit="img", smoothing=0.05, disable=None)
     while step < steps and not stop:
         state, loss = train_step(state, data, step_key)
@@ -163,19 +178,21 @@ def run(options: Options) -> None:
             in_flight.popleft().block_until_ready()
         bar.update(config.B)
 
-        if step % config.log_every == 0 or step == steps:
+        epoch, before = step * config.B // len(captions), (step - 1) * config.B // len(captions)
+        sampling = epoch // config.sample_every > before // config.sample_every
+        saving = epoch // config.save_every > before // config.save_every
+        if step % config.log_every == 0 or sampling or saving or step == steps:
             records, state = jax.device_get(state.records), state._replace(records=training.no_records())
             if records.skipped:
                 bar.close()
                 save("stopped")
                 sys.exit(not_finite(step, records.skipped, output))
-            line = log.write(step, config, len(captions), records)
+            line = log.write(step, records)
             bar.set_postfix(loss=f"{line['loss']:.4f}")
-        epoch, before = step * config.B // len(captions), (step - 1) * config.B // len(captions)
-        if step < steps and epoch // config.sample_every > before // config.sample_every:
+        if sampling and step < steps:
             with log.paused():
                 bar.write(f"epoch {epoch}: loss {line['loss']:.4f}, {sample(f'epoch{epoch}')}")
-        if step < steps and epoch // config.save_every > before // config.save_every:
+        if saving and step < steps:
             with log.paused():
                 save(f"epoch{epoch}")
     bar.close()
@@ -195,46 +212,6 @@ def example_prompts(captions: list[str], heldout: list[str]) -> list[str]:
 
     unseen = spread(heldout, SAMPLES // 4)
     return spread(captions, SAMPLES - len(unseen)) + unseen
-
-
-class MetricsLog:
-    """metrics.jsonl: one line of means per log_every steps; lines past `step` (of a run that was cut off) are dropped."""
-
-    def __init__(self, path: Path, step: int):
-        lines = path.read_text().splitlines() if step and path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        beside = path.with_suffix(".new")
-        beside.write_text("".join(f"{line}\n" for line in kept))
-        beside.replace(path)
-        self.path, self.step, self.since = path, step, time.perf_counter()
-
-    def write(self, step: int, config: Params, pictures: int, records) -> dict:
-        seconds = time.perf_counter() - self.since
-        per_level = [float(total / count) if count else None for total, count in zip(records.loss, records.count, strict=True)]
-        line = {
-            "step": step,
-            "epoch": step * config.B / pictures,
-            "loss": float(records.loss.sum() / records.count.sum()),
-            "loss_per_level": per_level,
-            "grad_norm": float(records.grad_norm / (step - self.step)),
-            "images_per_second": (step - self.step) * config.B / seconds,
-        }
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        self.step, self.since = step, time.perf_counter()
-        return line
-
-    def paused(self):
-        """A context whose time does not count as training."""
-        from contextlib import contextmanager
-
-        @contextmanager
-        def stopped_clock():
-            start = time.perf_counter()
-            yield
-            self.since += time.perf_counter() - start
-
-        return stopped_clock()
 
 
 def stop_signal() -> list[int]:

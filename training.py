@@ -1,9 +1,9 @@
 """One step of training: noise a batch, predict the noise, descend.
 
 Each picture of a batch is diffused to its own random step t; the loss is the mean squared error of the predicted
-noise (Ho et al. 2020, Eq. 14). AdamW with linear warm-up and a clipped gradient norm takes the step; an exponential
-moving average of the weights, its length growing with the run, is what draws later. A step whose loss or gradient is
-not finite changes no weight and is counted.
+noise (Ho et al. 2020, Eq. 14), or of the velocity or the clean image where `prediction` says so. AdamW with linear
+warm-up and a clipped gradient norm takes the step; an exponential moving average of the weights, its length growing
+with the run, is what draws later. A step whose loss or gradient is not finite changes no weight and is counted.
 """
 
 from collections.abc import Callable
@@ -41,6 +41,11 @@ class TrainState(NamedTuple):
     records: Records
 
 
+def resumable(state: TrainState) -> dict:
+    """What a checkpoint holds of a state beside the average, to go on training from."""
+    return {"weights": state.weights, "optimizer": state.optimizer, "step": state.step}
+
+
 def no_records() -> Records:
     return Records(jnp.zeros(LEVELS), jnp.zeros(LEVELS), jnp.zeros(()), jnp.zeros((), jnp.int32))
 
@@ -48,9 +53,7 @@ def no_records() -> Records:
 def build_optimizer(config: Params) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2019) behind a clipped gradient norm, the learning rate rising linearly at first."""
     rate = optax.linear_schedule(0.0 if config.warmup else config.learning_rate, config.learning_rate, config.warmup)
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip), optax.adamw(rate, weight_decay=config.weight_decay)
-    )
+    return optax.chain(optax.clip_by_global_norm(config.clip), optax.adamw(rate, weight_decay=config.weight_decay))
 
 
 def init(config: Params, text_dim: int, key: Key[Array, ""]) -> tuple[nnx.GraphDef, TrainState]:
@@ -63,16 +66,17 @@ def init(config: Params, text_dim: int, key: Key[Array, ""]) -> tuple[nnx.GraphD
 
 
 def loss_per_picture(
-    model: UNet, batch: Batch, key: Key[Array, ""], schedule: schedules.Schedule
+    model: UNet, batch: Batch, key: Key[Array, ""], schedule: schedules.Schedule, prediction: schedules.Prediction
 ) -> tuple[Float[Array, "b"], Int[Array, "b"]]:
-    """Squared error of the predicted noise, mean over each picture, and the steps t they were diffused to."""
+    """Squared error of the prediction, mean over each picture, and the steps t they were diffused to."""
     t_key, noise_key = jax.random.split(key)
     T = len(schedule.alpha) - 1
     t = jax.random.randint(t_key, (len(batch.image),), 1, T + 1)
     noise = jax.random.normal(noise_key, batch.image.shape)
     noisy = schedules.add_noise(schedule, batch.image, noise, t)
-    eps = model(noisy, t, batch.text_emb, batch.text_mask)
-    return jnp.mean((eps - noise) ** 2, axis=(1, 2, 3)), t
+    predicted = model(noisy, t, batch.text_emb, batch.text_mask)
+    target = schedules.target(schedule, batch.image, noise, t, prediction)
+    return jnp.mean((predicted - target) ** 2, axis=(1, 2, 3)), t
 
 
 def ema_decay(step: Int[Array, ""], longest: float) -> Float[Array, ""]:
@@ -95,7 +99,8 @@ def build_train_step(
 
         def objective(weights: dict):
             model = nnx.merge(graphdef, nnx.State(weights))
-            losses, t = loss_per_picture(model, batch, jax.random.fold_in(noise_key, state.step), schedule)
+            step_key = jax.random.fold_in(noise_key, state.step)
+            losses, t = loss_per_picture(model, batch, step_key, schedule, config.prediction)
             return losses.mean(), (losses, t)
 
         (loss, (losses, t)), gradient = jax.value_and_grad(objective, has_aux=True)(state.weights)

@@ -6,9 +6,41 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jaxtyping
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
 
-TYPED = "dataloader dataset metrics model samplers schedule text_encoder training".split()
+TYPED = ["dataloader", "dataset", "metrics", "model", "samplers", "schedule", "text_encoder", "training"]
 jaxtyping.install_import_hook(TYPED, "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory):
+    """A small dataset of one's own: plain rectangles and discs in eight colours, and a two-column CSV."""
+    from PIL import Image, ImageDraw
+
+    root = tmp_path_factory.mktemp("shapes")
+    (root / "image" / "Mine").mkdir(parents=True)
+    rows = ["#,name"]
+    colours = ["red", "green", "blue", "yellow", "black", "white", "purple", "orange"]
+    for number, colour in enumerate(colours, 1):
+        picture = Image.new("RGBA", (24, 16))
+        shape = ImageDraw.Draw(picture).ellipse if number % 2 else ImageDraw.Draw(picture).rectangle
+        shape((4, 2, 19, 13), fill=colour)
+        picture.save(root / "image" / "Mine" / f"{number}.png")
+        rows.append(f"{number},{colour} {'disc' if number % 2 else 'box'}")
+    (root / "full_emoji.csv").write_text("\n".join(rows) + "\n")
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny(shapes):
+    """A configuration that trains in seconds, with a prime or an odd size wherever one fits."""
+    from params import Params
+
+    return Params(
+        data=str(shapes), vendor="Mine", encoder="sentence-transformers/all-MiniLM-L6-v2", TEXT_LEN=7, H=8, W=12,
+        T=50, T_dim=6, T_out=10, BASE_DIM=8, DIM_MULTS=(1, 2), BLOCKS=1, self_attention=(1,), cross_attention=(1,),
+        HEAD_DIM=4, B=3, epochs=2, warmup=2, learning_rate=1e-2, ema=0.9, log_every=2, sample_every=1, save_every=1,
+    )  # fmt: skip

@@ -44,7 +44,7 @@ def test_a_configuration_survives_json(preset):
 
 
 def test_a_field_of_another_version_is_named():
-    with pytest.raises(ValueError, match="unknown fields .'colour'"):
+    with pytest.raises(ValueError, match=r"unknown fields .'colour'"):
         Params.from_json({**Params().to_json(), "colour": 1})
 
 

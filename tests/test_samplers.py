@@ -1,5 +1,7 @@
 """Samplers against the closed form: for data N(0, s²) the best denoiser and the whole flow are known exactly."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +38,7 @@ def test_ddim_follows_equation_12_step_by_step():
     timesteps = trailing(1000, 7)
     x = np.asarray(noise, np.float64)
     alpha_bar = np.asarray(SCHEDULE.alpha, np.float64) ** 2
-    for t, s in zip(timesteps[:-1], timesteps[1:], strict=True):
+    for t, s in itertools.pairwise(timesteps):
         denoised = np.sqrt(alpha_bar[t]) * S**2 / (alpha_bar[t] * S**2 + 1 - alpha_bar[t]) * x
         eps = (x - np.sqrt(alpha_bar[t]) * denoised) / np.sqrt(1 - alpha_bar[t])
         x = np.sqrt(alpha_bar[s]) * denoised + np.sqrt(1 - alpha_bar[s]) * eps
@@ -76,8 +78,4 @@ def test_guidance_0_1_and_beyond():
 def test_threshold_leaves_pictures_in_range_alone_and_brings_others_back():
     inside = jax.random.uniform(jax.random.key(0), (3, 5, 7, 3), minval=-1)
     np.testing.assert_array_equal(threshold(inside), inside)
-    both = jnp.concatenate([inside, 5 * inside])
-    out = threshold(both)
-    assert float(jnp.abs(out).max()) <= 1
-    np.testing.assert_array_equal(out[:3], inside)  # each picture by its own extremes
-    np.testing.assert_allclose(out[3:], inside, atol=0.02)
+    np.testing.assert_array_equal(threshold(jnp.array([[[[-3.0], [0.5], [7.0]]]])), [[[[-1], [0.5], [1]]]])

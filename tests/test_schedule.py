@@ -67,5 +67,9 @@ def test_conversions_recover_what_was_mixed(seed):
     close = {"rtol": 2e-4, "atol": 2e-4}
     np.testing.assert_allclose(schedules.denoised_from_eps(schedule, noisy, noise, t), image, rtol=1e-3, atol=1e-2)
     np.testing.assert_allclose(schedules.eps_from_denoised(schedule, noisy, image, t), noise, **close)
-    np.testing.assert_allclose(schedules.v_from_denoised(schedule, noisy, image, t), alpha * noise - sigma * image, **close)
-    np.testing.assert_allclose(schedules.denoised_from_v(schedule, noisy, alpha * noise - sigma * image, t), image, **close)
+    np.testing.assert_allclose(
+        schedules.v_from_denoised(schedule, noisy, image, t), alpha * noise - sigma * image, **close
+    )
+    np.testing.assert_allclose(
+        schedules.denoised_from_v(schedule, noisy, alpha * noise - sigma * image, t), image, **close
+    )

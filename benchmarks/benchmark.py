@@ -1,0 +1,123 @@
+"""How fast a preset trains, beside what this machine could do: `python benchmarks/benchmark.py [PRESET]`.
+
+In one run: the float32 matrix-product rate (the ceiling), the training step and its share of that ceiling, the data
+path alone and its share of the step, drawing one picture. Rounds of all of them alternate and medians are reported, so
+that a machine whose speed drifts bends no ratio. FLOPs are those of matrix products and convolutions as XLA counts
+them in the forward pass, times three for a training step.
+"""
+
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import dataloader
+import device
+import training
+from params import PRESETS
+from pipeline import build_draw
+
+ROUNDS = 7
+TEXT_DIM = 384
+
+
+def seconds(function, *args) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(function(*args))
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    device.reserve_memory()
+    name = sys.argv[1] if len(sys.argv) > 1 else "quick"
+    if name not in PRESETS:
+        sys.exit(f"no preset {name!r} (presets: {', '.join(PRESETS)})")
+    config = PRESETS[name]
+    key = jax.random.key(0)
+    pictures = config.MAX_INDEX or 1824
+    random = np.random.default_rng(0)
+    data = dataloader.Data(
+        jnp.asarray(random.integers(0, 256, (pictures, config.H, config.W, config.CHANNELS)), jnp.uint8),
+        jnp.asarray(random.normal(size=(pictures, config.TEXT_LEN, TEXT_DIM)), jnp.float32),
+        jnp.ones((pictures, config.TEXT_LEN), bool),
+        jnp.zeros((config.TEXT_LEN, TEXT_DIM)),
+        jnp.ones(config.TEXT_LEN, bool),
+    )
+    graphdef, state = training.init(config, TEXT_DIM, key)
+    step = training.build_train_step(config, graphdef)
+    batch = jax.jit(
+        lambda data, key, step: dataloader.sample_batch(
+            data, key, step, B=config.B, embedding_dropout=config.embedding_dropout
+        )
+    )
+    draw = build_draw(config, graphdef)
+    forward = jax.jit(lambda weights, *inputs: nnx.merge(graphdef, nnx.State(weights))(*inputs))
+    first = batch(data, key, jnp.int32(0))
+    inputs = (first.image, jnp.ones(config.B, jnp.int32), first.text_emb, first.text_mask)
+    flops = forward.lower(state.weights, *inputs).cost_analysis()["flops"]
+
+    matrix = jnp.ones((3072, 3072))
+    product = jax.jit(jnp.matmul)
+    null = (data.null_emb, data.null_mask)
+
+    def draw_one() -> jax.Array:
+        caption = (data.text_emb[:1], data.text_mask[:1])
+        return draw(state.ema, np.zeros(1, np.int32), *caption, null, 7.0, steps=25, guided=True)
+
+    compile_seconds = seconds(lambda: step(state, data, key))
+    _, state = training.init(config, TEXT_DIM, key)  # the call has taken the old one's buffers
+    state, _ = step(state, data, key)
+    for function, args in (
+        (product, (matrix, matrix)),
+        (batch, (data, key, 0)),
+        (draw_one, ()),
+        (forward, (state.weights, *inputs)),
+    ):
+        seconds(function, *args)
+
+    times = {part: [] for part in ("product", "step", "forward", "batch", "draw")}
+    for number in range(ROUNDS):
+        times["product"].append(seconds(product, matrix, matrix))
+        for _ in range(5):
+            start = time.perf_counter()
+            state, loss = step(state, data, key)
+            loss.block_until_ready()
+            times["step"].append(time.perf_counter() - start)
+        times["forward"].append(seconds(forward, state.weights, *inputs))
+        times["batch"].append(seconds(batch, data, key, jnp.int32(number)))
+        times["draw"].append(seconds(draw_one))
+    median = {part: statistics.median(each) for part, each in times.items()}
+
+    ceiling = 2 * 3072**3 / median["product"]
+    result = {
+        "preset": name,
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "parameters_million": sum(leaf.size for leaf in jax.tree.leaves(state.weights)) / 1e6,
+        "ceiling_gflops": ceiling / 1e9,
+        "step_seconds": median["step"],
+        "images_per_second": config.B / median["step"],
+        "step_gflops": 3 * flops / median["step"] / 1e9,
+        "step_share_of_ceiling": 3 * flops / median["step"] / ceiling,
+        "forward_share_of_ceiling": flops / median["forward"] / ceiling,
+        "data_share_of_step": median["batch"] / median["step"],
+        "draw_25_steps_guided_seconds": median["draw"],
+        "compile_seconds": compile_seconds,
+    }
+    for label, value in result.items():
+        print(f"{label:32}{value:10.4g}" if isinstance(value, float) else f"{label:32}{value:>10}")
+    path = Path(__file__).with_name(f"{name}.json")
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{path} written")
+
+
+if __name__ == "__main__":
+    main()

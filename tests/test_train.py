@@ -1,0 +1,183 @@
+"""The scripts as a user runs them, on a small dataset of one's own and the real text encoder."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import checkpoint
+import dataloader
+import evaluate
+import test as drawing
+import train
+from params import PRESETS, Params
+
+ROOT = Path(__file__).parent.parent
+
+
+def flags(config: Params) -> list[str]:
+    """The command line that makes `config` out of the preset `quick`."""
+    words = ["quick"]
+    for field in dataclasses.fields(Params):
+        value = getattr(config, field.name)
+        if value != getattr(PRESETS["quick"], field.name):
+            words += [f"--{field.name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return words
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    """Run a script's main() in a folder of its own; gives what it printed, and its message if it exits with one."""
+    monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(script, *words):
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, words)])
+        try:
+            script.main()
+        except SystemExit as stop:
+            return capsys.readouterr().out + str(stop.code)
+        return capsys.readouterr().out
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def metrics(folder="models_vA0"):
+    return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(path, tiny):
+    import training
+
+    _, state = training.init(tiny, 384, jax.random.key(1))
+    return checkpoint.restore(Path(path), "train", training.resumable(state)), checkpoint.restore(
+        Path(path), "ema", state.ema
+    )
+
+
+def test_from_nothing_to_pictures_and_on(call, tiny):
+    said = call(train, *flags(tiny))
+    assert "8 pictures of Mine to train on, 0 held out" in said
+    assert "models_vA0/final and validation_images/models_vA0/final.png written. Next: python test.py" in said
+    assert [line["step"] for line in metrics()] == [2, 4, 6]
+    assert all(np.isfinite(line["loss"]) and line["images_per_second"] > 0 for line in metrics())
+    assert (Path("models_vA0/epoch1/about")).is_dir()
+    about = checkpoint.about(Path("models_vA0/final"))
+    assert Params.from_json(about["config"]) == tiny
+    assert (about["schedule"], about["step"]) == ({"name": "cosine", "T": 50}, 6)
+    assert about["prompts"][:2] == ["red disc", "green box"]
+
+    assert "already holds final: go on with --resume" in call(train, *flags(tiny))
+    longer = dataclasses.replace(tiny, epochs=4)
+    assert "resumed from models_vA0/final, step 6" in call(train, *flags(longer), "--resume")
+    assert [line["step"] for line in metrics()] == [2, 4, 6, 8, 10, 11]
+    call(train, *flags(longer), "--output", "undisturbed")
+    for a, b in zip(
+        jax.tree.leaves(weights("models_vA0/final", tiny)),
+        jax.tree.leaves(weights("undisturbed/final", tiny)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+
+    said = call(train, *flags(dataclasses.replace(longer, learning_rate=0.5)), "--resume")
+    assert "learning_rate was 0.01, now 0.5" in said
+    assert "epochs" in said.split("may change")[0].split("Only")[1]
+
+    said = call(drawing, "--prompts", "red disc", "a box, drawn", "--steps", "3")
+    assert "validation_images/test/grid.png and 2 pictures beside it written" in said
+    with Image.open("validation_images/test/02_a_box_drawn.png") as picture:
+        assert picture.size == (12, 8)
+    assert "no checkpoint at" in call(drawing, "--checkpoint", "elsewhere")
+    assert "prompt is empty" in call(drawing, "--prompts", "")
+
+    said = call(evaluate, "--steps", "3")
+    assert "8 captions of 8 training pictures, guidance 7, 3 steps" in said
+    assert "chance                    12.5%    62.5%            4" in said
+
+
+def test_ctrl_c_saves_and_a_resumed_run_equals_an_undisturbed_one(tmp_path, tiny):
+    config = dataclasses.replace(tiny, epochs=400, log_every=1, sample_every=1000, save_every=1000)
+    words = [sys.executable, str(ROOT / "train.py"), *flags(config)]
+    quiet = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    running = subprocess.Popen(words, cwd=tmp_path, env=quiet, stdout=subprocess.PIPE, text=True)
+    log = tmp_path / "models_vA0" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") > 3):
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    said, _ = running.communicate(timeout=60)
+    assert running.returncode == 1
+    step = checkpoint.about(tmp_path / "models_vA0" / "stopped")["step"]
+    assert 3 < step < 1000, said
+    ends = [*words, "--epochs", str(step * 3 // 8 + 5)]
+    for more in ("--resume",), ("--output", "undisturbed"):
+        subprocess.run([*ends, *more], cwd=tmp_path, env=quiet, check=True, stdout=subprocess.DEVNULL)
+    resumed, undisturbed = (weights(tmp_path / name / "final", tiny) for name in ("models_vA0", "undisturbed"))
+    for a, b in zip(jax.tree.leaves(resumed), jax.tree.leaves(undisturbed), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_the_last_good_state(call, tiny, monkeypatch):
+    load = dataloader.load
+
+    def poisoned(*args):
+        data = load(*args)
+        return data._replace(
+            text_emb=jnp.full_like(data.text_emb, jnp.nan), null_emb=jnp.full_like(data.null_emb, jnp.nan)
+        )
+
+    monkeypatch.setattr(dataloader, "load", poisoned)
+    assert "not finite in 2 of the last steps before 2; models_vA0/stopped holds the last good state" in call(
+        train, *flags(tiny)
+    )
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(weights("models_vA0/stopped", tiny)))
+
+
+def test_a_dry_run_prints_the_cost_and_leaves_nothing(call, tiny, tmp_path):
+    said = call(train, *flags(tiny), "--dry_run")
+    assert "BASE_DIM           8\n" in said
+    for cost in ("parameters ", "FLOPs per step ", "memory per step "):
+        assert cost in said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["quikc"], "no preset 'quikc'; did you mean 'quick'"),
+        (["quick", "--data", "nowhere"], "no folder nowhere"),
+        (["quick", "--resume"], "holds no checkpoint"),
+        (["quick", "--output", "/proc/none"], "--output /proc/none: cannot be written"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(call, words, message):
+    assert message in call(train, *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"), [(["--B", "0"], "B = 0: allowed are values from 1 to"), (["--MAX_INDX", "3"], "--MAX_INDEX")]
+)
+def test_wrong_fields_are_named(call, capfd, words, message):
+    call(train, "quick", *words)
+    assert message in " ".join(capfd.readouterr().err.replace("│", "").split())
+
+
+@pytest.mark.parametrize("script", ["train", "test", "evaluate", "prepare_dataset"])
+def test_help_needs_neither_jax_nor_pandas(script):
+    code = f"import sys, runpy; sys.argv = ['{script}.py', '--help']\n"
+    code += f"try: runpy.run_path('{ROOT / script}.py', run_name='__main__')\n"
+    code += "except SystemExit: print({'jax', 'pandas', 'flax', 'transformers'} & set(sys.modules))"
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert said.endswith("set()\n")

@@ -1,0 +1,140 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import checkpoint
+import dataloader
+import schedule as schedules
+import training
+
+KEY = jax.random.key(0)
+TEXT_DIM = 5
+
+
+@pytest.fixture(scope="module")
+def data():
+    keys = jax.random.split(jax.random.key(1), 3)
+    return dataloader.Data(
+        images=jax.random.randint(keys[0], (7, 8, 12, 3), 0, 256).astype(jnp.uint8),
+        text_emb=jax.random.normal(keys[1], (7, 7, TEXT_DIM)),
+        text_mask=jnp.ones((7, 7), bool),
+        null_emb=jax.random.normal(keys[2], (7, TEXT_DIM)),
+        null_mask=jnp.ones(7, bool),
+    )
+
+
+@pytest.fixture(scope="module")
+def compiled(tiny):
+    graphdef, _ = training.init(tiny, TEXT_DIM, KEY)
+    return training.build_train_step(tiny, graphdef)
+
+
+def fresh(tiny):
+    return training.init(tiny, TEXT_DIM, jax.random.key(0))[1]
+
+
+def same(a, b):
+    for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y, err_msg=str(path))
+
+
+def test_stopping_and_going_on_equals_not_stopping(tiny, data, compiled, tmp_path):
+    state = fresh(tiny)
+    for _ in range(4):
+        state, _ = compiled(state, data, KEY)
+    half = fresh(tiny)
+    for _ in range(2):
+        half, _ = compiled(half, data, KEY)
+    train = training.resumable(half)
+    checkpoint.save(tmp_path / "epoch1", ema=half.ema, train=train, about={"step": 2})
+    other = fresh(tiny)
+    saved = checkpoint.restore(checkpoint.newest(tmp_path), "train", train)
+    resumed = other._replace(**saved, ema=checkpoint.restore(tmp_path / "epoch1", "ema", other.ema))
+    for _ in range(2):
+        resumed, _ = compiled(resumed, data, KEY)
+    same(state._replace(records=()), resumed._replace(records=()))
+
+
+def test_the_step_is_compiled_once(tiny, data, compiled):
+    state = fresh(tiny)
+    for _ in range(3):
+        state, _ = compiled(state, data, KEY)
+    assert compiled._cache_size() == 1
+
+
+def test_a_step_that_is_not_finite_changes_no_weight_and_is_counted(tiny, data, compiled):
+    before = fresh(tiny)
+    poisoned = data._replace(
+        text_emb=jnp.full_like(data.text_emb, jnp.nan), null_emb=jnp.full_like(data.null_emb, jnp.nan)
+    )
+    after, loss = compiled(fresh(tiny), poisoned, KEY)
+    assert not jnp.isfinite(loss)
+    same(before[:3], after[:3])
+    assert (int(after.records.skipped), int(after.step)) == (1, 1)
+    healed, _ = compiled(after, data, KEY)
+    assert (int(healed.records.skipped), float(healed.records.count.sum())) == (1, tiny.B)
+
+
+def test_the_first_step_is_what_optax_makes_of_the_gradient(tiny, data, compiled):
+    """The jitted step against its parts: the loss of equation 14, its gradient, AdamW's update, the average."""
+    state = fresh(tiny)
+    data_key, noise_key = jax.random.split(KEY)
+    batch = dataloader.sample_batch(data, data_key, state.step, B=tiny.B, embedding_dropout=tiny.embedding_dropout)
+    graphdef, _ = training.init(tiny, TEXT_DIM, jax.random.key(0))
+    schedule = schedules.cosine(tiny.T)
+
+    def objective(weights):
+        model = training.nnx.merge(graphdef, training.nnx.State(weights))
+        t_key, eps_key = jax.random.split(jax.random.fold_in(noise_key, 0))
+        t = jax.random.randint(t_key, (tiny.B,), 1, tiny.T + 1)
+        noise = jax.random.normal(eps_key, batch.image.shape)
+        mixed = schedule.alpha[t][:, None, None, None] * batch.image + schedule.sigma[t][:, None, None, None] * noise
+        return jnp.mean((model(mixed, t, batch.text_emb, batch.text_mask) - noise) ** 2)
+
+    loss, gradient = jax.jit(jax.value_and_grad(objective))(state.weights)
+    assert 0.8 < loss < 1.2  # the network starts as zero, the noise has unit variance
+    clipped, _ = optax.clip_by_global_norm(tiny.clip).update(gradient, optax.EmptyState())
+    optimizer = optax.adamw(
+        lambda count: tiny.learning_rate * jnp.minimum(count / tiny.warmup, 1), weight_decay=tiny.weight_decay
+    )
+    optimizer_state = optimizer.init(state.weights)
+    updates, optimizer_state = optimizer.update(clipped, optimizer_state, state.weights)
+    weights = optax.apply_updates(state.weights, updates)
+    after, jitted_loss = compiled(state, data, KEY)
+    np.testing.assert_allclose(jitted_loss, loss, rtol=1e-5)
+    for new, expected in zip(jax.tree.leaves(after.weights), jax.tree.leaves(weights), strict=True):
+        np.testing.assert_allclose(new, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_average_forgets_its_start_and_then_keeps_its_length():
+    decays = [float(training.ema_decay(jnp.int32(step), 0.99)) for step in (0, 10, 90, 10_000)]
+    np.testing.assert_allclose(decays, [1 / 10, 11 / 20, 91 / 100, 0.99], rtol=1e-6)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+def test_one_batch_can_be_learned(tiny, data, prediction):
+    config = dataclasses.replace(
+        tiny, prediction=prediction, B=5, learning_rate=5e-3, embedding_dropout=0.0, BASE_DIM=16
+    )
+    few = data._replace(images=data.images[:1] // 64 * 64, text_emb=data.text_emb[:1], text_mask=data.text_mask[:1])
+    graphdef, state = training.init(config, TEXT_DIM, jax.random.key(0))
+    step = training.build_train_step(config, graphdef)
+    losses = []
+    for _ in range(150):
+        state, loss = step(state, few, KEY)
+        losses.append(loss)
+    assert np.mean(losses[-10:]) < 0.35 * np.mean(losses[:10])
+
+
+def test_records_sort_the_loss_by_noise_level(tiny, data, compiled):
+    state, total = fresh(tiny), 0.0
+    for _ in range(5):
+        state, loss = compiled(state, data, KEY)
+        total += float(loss) * tiny.B
+    assert float(state.records.count.sum()) == 5 * tiny.B
+    np.testing.assert_allclose(state.records.loss.sum(), total, rtol=1e-5)
+    assert float(state.records.grad_norm) > 0

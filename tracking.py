@@ -1,0 +1,44 @@
+"""What a run leaves to be read later: metrics.jsonl, one line of means per `log_every` steps."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class MetricsLog:
+    """Appends to a metrics.jsonl; lines past `step`, of a run that was cut off, are dropped first."""
+
+    def __init__(self, path: Path, step: int, pictures: int, B: int):
+        lines = path.read_text().splitlines() if step and path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        beside = path.with_suffix(".new")
+        beside.write_text("".join(f"{line}\n" for line in kept))
+        beside.replace(path)
+        self.path, self.pictures, self.B = path, pictures, B
+        self.step, self.since = step, time.perf_counter()
+
+    def write(self, step: int, records) -> dict:
+        """Add a line for the steps since the last one, from their training.Records on the host; returns it."""
+        line = {
+            "step": step,
+            "epoch": step * self.B / self.pictures,
+            "loss": float(records.loss.sum() / records.count.sum()),
+            "loss_per_level": [
+                float(loss / count) if count else None for loss, count in zip(records.loss, records.count, strict=True)
+            ],
+            "grad_norm": float(records.grad_norm / (step - self.step)),
+            "images_per_second": (step - self.step) * self.B / (time.perf_counter() - self.since),
+        }
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        self.step, self.since = step, time.perf_counter()
+        return line
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that does not count as training."""
+        start = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - start
