@@ -130,13 +130,13 @@ class Params:
 
 _cpu = Params(
     H=32, W=32, PATCH=2, BASE_DIM=96, DIM_MULTS=(1, 2), self_attention=(1,), cross_attention=(1,), prediction="v",
-    encoder="sentence-transformers/all-MiniLM-L6-v2", B=16, learning_rate=4e-4, ema=0.999, epochs=100,
+    encoder="sentence-transformers/all-MiniLM-L6-v2", B=8, learning_rate=4e-4, ema=0.999, epochs=100,
     sample_every=10, save_every=25,
 )  # fmt: skip
 
 PRESETS = {
     "quick": dataclasses.replace(
-        _cpu, MAX_INDEX=64, BLOCKS=1, B=8, learning_rate=6e-4, warmup=100, ema=0.995, epochs=200,
+        _cpu, MAX_INDEX=64, BLOCKS=1, learning_rate=6e-4, warmup=100, ema=0.995, epochs=200,
         sample_every=50, save_every=100,
     ),
     "cpu": _cpu,

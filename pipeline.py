@@ -96,12 +96,12 @@ class DiffusionPipeline:
             )
         graphdef, like = nnx.split(nnx.eval_shape(lambda: UNet(self.config, self.encoder.dim, nnx.Rngs(0))))
         self.weights = checkpoints.restore(path, "ema", nnx.to_pure_dict(like))
-        if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(self.weights)):
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(self.weights)):
             raise checkpoints.CheckpointError(
                 f"{path}: the weights hold non-finite numbers; take an earlier checkpoint"
             )
         self.null = tuple(part[0] for part in self.encoder([""], self.config.TEXT_LEN))
-        self.batch = 16 if device.on_accelerator() else 2  # pictures per call of the network; small fits a CPU's cache
+        self.batch = 16 if device.on_accelerator() else 4  # pictures per call of the network; small fits a CPU's cache
         self._draw = build_draw(self.config, graphdef)
 
     def generate_image(

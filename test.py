@@ -50,7 +50,7 @@ def draw(options: Options) -> None:
     for number, (prompt, image) in enumerate(zip(prompts, images, strict=True), 1):
         name = re.sub(r"\W+", "_", prompt).strip("_")[:60]
         save_png(image, options.output / f"{number:02}_{name}.png", {"prompt": prompt, "seed": options.seed})
-    grid = captioned_grid(images, prompts, columns=min(8, len(prompts)), cell=options.size)
+    grid = captioned_grid(images, prompts, columns=6, cell=options.size)
     save_png(grid, options.output / "grid.png", None)
     print(f"{options.output / 'grid.png'} and {len(prompts)} pictures beside it written; {seconds:.1f} s to draw them")
 

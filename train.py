@@ -29,7 +29,7 @@ MAY_CHANGE = {
     "sample_every",
     "save_every",
 }  # between a run and its resumption
-SAMPLES = 16  # pictures in a grid
+SAMPLES = 12  # pictures in a grid
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def run(options: Options) -> None:
         null = (data.null_emb, data.null_mask)
         images = draw(state.ema, seeds, text_emb, text_mask, null, 7.0, steps=25, guided=True)
         path = Path("validation_images") / output.name / f"{name}.png"
-        save_png(captioned_grid(np.asarray(images), prompts, columns=8, cell=96), path, None)
+        save_png(captioned_grid(np.asarray(images), prompts, columns=6, cell=96), path, None)
         return path
 
     # Training.
