@@ -67,9 +67,16 @@ def order(key: Key[Array, ""], step: Int[Array, ""], *, n: int, B: int) -> Int[A
     return shuffled[place // n - first, place % n]
 
 
-def sample_batch(data: Data, key: Key[Array, ""], step: Int[Array, ""], *, B: int, embedding_dropout: float) -> Batch:
+def sample_batch(
+    data: Data,
+    order_key: Key[Array, ""],
+    dropout_key: Key[Array, ""],
+    step: Int[Array, ""],
+    *,
+    B: int,
+    embedding_dropout: float,
+) -> Batch:
     """The batch of a step; with probability embedding_dropout a caption is replaced by the empty one."""
-    order_key, dropout_key = jax.random.split(key)
     rows = order(order_key, step, n=len(data.images), B=B)
     dropped = jax.random.bernoulli(jax.random.fold_in(dropout_key, step), embedding_dropout, (B,))
     return Batch(

@@ -129,7 +129,8 @@ def run(options: Options) -> None:
     print(f"{len(captions)} pictures of {config.vendor} to train on, {len(heldout_captions)} held out")
 
     # State: network, optimizer, averaged weights; new, or as the newest checkpoint left them.
-    init_key, step_key = jax.random.split(jax.random.key(config.seed))
+    init_key, *streams = jax.random.split(jax.random.key(config.seed), 4)
+    keys = training.Keys(*streams)
     graphdef, state = training.init(config, encoder.dim, init_key)
     about = {
         "config": config.to_json(),
@@ -171,7 +172,7 @@ def run(options: Options) -> None:
     log = MetricsLog(output / "metrics.jsonl", step, len(captions), config.B)
     bar = tqdm(total=steps * config.B, initial=step * config.B, unit="img", smoothing=0.05, disable=None)
     while step < steps and not stop:
-        state, loss = train_step(state, data, step_key)
+        state, loss = train_step(state, data, keys)
         step += 1
         in_flight.append(loss)
         if len(in_flight) > 2:
@@ -302,7 +303,8 @@ def describe(config: Params) -> None:
             jnp.zeros(config.TEXT_LEN, bool),
         )
     )
-    lowered = training.build_train_step(config, graphdef).lower(state, data, jax.eval_shape(lambda: jax.random.key(0)))
+    keys = jax.eval_shape(lambda: training.Keys(*jax.random.split(jax.random.key(0), 3)))
+    lowered = training.build_train_step(config, graphdef).lower(state, data, keys)
     memory = lowered.compile().memory_analysis()
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.weights))
     print(f"{'parameters':18} {parameters / 1e6:.2f} M")

@@ -7,6 +7,7 @@ with the run, is what draws later. A step whose loss or gradient is not finite c
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +23,14 @@ from model import UNet
 from params import Params
 
 LEVELS = 10  # equal stretches of 1 … T over which the loss is recorded, the image side first
+
+
+class Keys(NamedTuple):
+    """The random streams of a run, made once from its seed; each step folds its own number into them."""
+
+    order: Key[Array, ""]
+    dropout: Key[Array, ""]
+    noise: Key[Array, ""]
 
 
 class Records(NamedTuple):
@@ -58,11 +67,15 @@ def build_optimizer(config: Params) -> optax.GradientTransformation:
 
 def init(config: Params, text_dim: int, key: Key[Array, ""]) -> tuple[nnx.GraphDef, TrainState]:
     """The network's structure, and the state that training starts from."""
-    graphdef, weights = nnx.split(UNet(config, text_dim, nnx.Rngs(key)))
-    weights = nnx.to_pure_dict(weights)
-    optimizer = build_optimizer(config).init(weights)
-    ema = jax.tree.map(jnp.copy, weights)
-    return graphdef, TrainState(weights, ema, optimizer, jnp.zeros((), jnp.int32), no_records())
+
+    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # runs once, compiles thrice as fast
+    def state(key: Key[Array, ""]) -> TrainState:
+        weights = nnx.to_pure_dict(nnx.state(UNet(config, text_dim, nnx.Rngs(key))))
+        optimizer = build_optimizer(config).init(weights)
+        return TrainState(weights, weights, optimizer, jnp.zeros((), jnp.int32), no_records())
+
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: UNet(config, text_dim, nnx.Rngs(0))))
+    return graphdef, state(key)
 
 
 def loss_per_picture(
@@ -86,20 +99,19 @@ def ema_decay(step: Int[Array, ""], longest: float) -> Float[Array, ""]:
 
 def build_train_step(
     config: Params, graphdef: nnx.GraphDef
-) -> Callable[[TrainState, Data, Key[Array, ""]], tuple[TrainState, Float[Array, ""]]]:
-    """The jitted step: (state, data, seed key) -> (next state, loss); the state's buffers are donated."""
+) -> Callable[[TrainState, Data, Keys], tuple[TrainState, Float[Array, ""]]]:
+    """The jitted step: (state, data, keys) -> (next state, loss); the state's buffers are donated."""
     schedule = schedules.cosine(config.T)
     optimizer = build_optimizer(config)
 
-    def train_step(state: TrainState, data: Data, key: Key[Array, ""]) -> tuple[TrainState, Float[Array, ""]]:
-        data_key, noise_key = jax.random.split(key)
+    def train_step(state: TrainState, data: Data, keys: Keys) -> tuple[TrainState, Float[Array, ""]]:
         batch = dataloader.sample_batch(
-            data, data_key, state.step, B=config.B, embedding_dropout=config.embedding_dropout
+            data, keys.order, keys.dropout, state.step, B=config.B, embedding_dropout=config.embedding_dropout
         )
 
         def objective(weights: dict):
             model = nnx.merge(graphdef, nnx.State(weights))
-            step_key = jax.random.fold_in(noise_key, state.step)
+            step_key = jax.random.fold_in(keys.noise, state.step)
             losses, t = loss_per_picture(model, batch, step_key, schedule, config.prediction)
             return losses.mean(), (losses, t)
 
@@ -109,7 +121,7 @@ def build_train_step(
         decay = ema_decay(state.step, config.ema)
         ema = jax.tree.map(lambda average, new: decay * average + (1 - decay) * new, state.ema, weights)
 
-        grad_norm = optax.global_norm(gradient)
+        grad_norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         level = (t - 1) * LEVELS // config.T
         records = Records(

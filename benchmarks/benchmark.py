@@ -41,7 +41,7 @@ def main() -> None:
     if name not in PRESETS:
         sys.exit(f"no preset {name!r} (presets: {', '.join(PRESETS)})")
     config = PRESETS[name]
-    key = jax.random.key(0)
+    keys = training.Keys(*jax.random.split(jax.random.key(0), 3))
     pictures = config.MAX_INDEX or 1824
     random = np.random.default_rng(0)
     data = dataloader.Data(
@@ -51,16 +51,16 @@ def main() -> None:
         jnp.zeros((config.TEXT_LEN, TEXT_DIM)),
         jnp.ones(config.TEXT_LEN, bool),
     )
-    graphdef, state = training.init(config, TEXT_DIM, key)
+    graphdef, state = training.init(config, TEXT_DIM, jax.random.key(0))
     step = training.build_train_step(config, graphdef)
     batch = jax.jit(
-        lambda data, key, step: dataloader.sample_batch(
-            data, key, step, B=config.B, embedding_dropout=config.embedding_dropout
+        lambda data, keys, step: dataloader.sample_batch(
+            data, keys.order, keys.dropout, step, B=config.B, embedding_dropout=config.embedding_dropout
         )
     )
     draw = build_draw(config, graphdef)
     forward = jax.jit(lambda weights, *inputs: nnx.merge(graphdef, nnx.State(weights))(*inputs))
-    first = batch(data, key, jnp.int32(0))
+    first = batch(data, keys, jnp.int32(0))
     inputs = (first.image, jnp.ones(config.B, jnp.int32), first.text_emb, first.text_mask)
     flops = forward.lower(state.weights, *inputs).cost_analysis()["flops"]
 
@@ -72,12 +72,12 @@ def main() -> None:
         caption = (data.text_emb[:1], data.text_mask[:1])
         return draw(state.ema, np.zeros(1, np.int32), *caption, null, 7.0, steps=25, guided=True)
 
-    compile_seconds = seconds(lambda: step(state, data, key))
-    _, state = training.init(config, TEXT_DIM, key)  # the call has taken the old one's buffers
-    state, _ = step(state, data, key)
+    compile_seconds = seconds(lambda: step(state, data, keys))
+    _, state = training.init(config, TEXT_DIM, jax.random.key(0))  # the call has taken the old one's buffers
+    state, _ = step(state, data, keys)
     for function, args in (
         (product, (matrix, matrix)),
-        (batch, (data, key, 0)),
+        (batch, (data, keys, jnp.int32(0))),
         (draw_one, ()),
         (forward, (state.weights, *inputs)),
     ):
@@ -88,11 +88,11 @@ def main() -> None:
         times["product"].append(seconds(product, matrix, matrix))
         for _ in range(5):
             start = time.perf_counter()
-            state, loss = step(state, data, key)
+            state, loss = step(state, data, keys)
             loss.block_until_ready()
             times["step"].append(time.perf_counter() - start)
         times["forward"].append(seconds(forward, state.weights, *inputs))
-        times["batch"].append(seconds(batch, data, key, jnp.int32(number)))
+        times["batch"].append(seconds(batch, data, keys, jnp.int32(number)))
         times["draw"].append(seconds(draw_one))
     median = {part: statistics.median(each) for part, each in times.items()}
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -46,7 +47,7 @@ def test_a_picture_is_returned_and_written_with_its_origin(drawer, tmp_path):
 
 
 def test_a_picture_depends_on_its_prompt_and_seed_alone(drawer, trained):
-    prompts = ["red disc", "blue box", "a long story of a green box", "red disc", "yellow disc"]
+    prompts = ["red disc", "blue box", "a green box", "red disc", "yellow disc"]
     seeds = [3, 1, 4, 1, 5]
     together = drawer.generate_arrays(prompts, steps=4, seeds=seeds)
     backwards = drawer.generate_arrays(prompts[::-1], steps=4, seeds=seeds[::-1])[::-1]
@@ -77,7 +78,7 @@ def test_another_guidance_seed_or_prompt_compiles_nothing(drawer):
 
 def test_drawing_is_ddim_over_guided_and_thresholded_estimates(drawer, trained, tiny):
     """The pipeline against its parts, put together by hand for one picture."""
-    text, mask = drawer.encoder(["red disc", ""], tiny.TEXT_LEN)
+    text, mask = map(jnp.asarray, drawer.encoder(["red disc", ""], tiny.TEXT_LEN))
     graphdef, _ = training.init(tiny, drawer.encoder.dim, jax.random.key(0))
     model = pipelines.nnx.merge(graphdef, pipelines.nnx.State(drawer.weights))
     schedule = schedules.cosine(tiny.T)
@@ -86,7 +87,7 @@ def test_drawing_is_ddim_over_guided_and_thresholded_estimates(drawer, trained, 
     def draw(noise):
         def denoise(noisy, t):
             eps = [model(noisy, t, text[i : i + 1], mask[i : i + 1]) for i in (0, 1)]
-            return threshold(schedules.denoised_from_eps(schedule, noisy, guide(*eps, np.float32(3)), t))
+            return threshold(schedules.denoised_from_eps(schedule, noisy, guide(*eps, jnp.float32(3)), t))
 
         return ddim(denoise, schedule, noise, trailing(tiny.T, 5))
 
@@ -115,6 +116,10 @@ def test_what_cannot_be_drawn_is_refused(drawer, wrong, message):
         drawer.generate_images(**{"prompts": ["disc"], "steps": 1, **wrong})
 
 
+# Orbax reads in parallel: where one read fails, the others complain to a loop that is closed.
+failing_reads = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
 def copy(trained, tmp_path, **changes):
     about = {**checkpoint.about(trained), **changes}
     like = jax.tree.map(np.asarray, DiffusionPipeline(trained).weights)
@@ -129,6 +134,7 @@ def test_no_checkpoint_says_what_there_is(trained, tmp_path):
         DiffusionPipeline(trained.parent / "epoch9")
 
 
+@failing_reads
 def test_a_half_written_checkpoint_is_refused(trained, tmp_path):
     half = copy(trained, tmp_path)
     for file in sorted(half.rglob("*"), reverse=True):
@@ -141,6 +147,7 @@ def test_a_half_written_checkpoint_is_refused(trained, tmp_path):
         DiffusionPipeline(half)
 
 
+@failing_reads
 def test_a_checkpoint_of_another_encoder_or_configuration_is_refused(trained, tiny, tmp_path):
     other = copy(trained, tmp_path, encoder={"name": tiny.encoder, "sha256": "0" * 64})
     with pytest.raises(checkpoint.CheckpointError, match="trained with the weights 000000000000"):

@@ -11,7 +11,7 @@ import dataloader
 import schedule as schedules
 import training
 
-KEY = jax.random.key(0)
+KEYS = training.Keys(*jax.random.split(jax.random.key(7), 3))
 TEXT_DIM = 5
 
 
@@ -29,7 +29,7 @@ def data():
 
 @pytest.fixture(scope="module")
 def compiled(tiny):
-    graphdef, _ = training.init(tiny, TEXT_DIM, KEY)
+    graphdef, _ = training.init(tiny, TEXT_DIM, jax.random.key(0))
     return training.build_train_step(tiny, graphdef)
 
 
@@ -45,25 +45,29 @@ def same(a, b):
 def test_stopping_and_going_on_equals_not_stopping(tiny, data, compiled, tmp_path):
     state = fresh(tiny)
     for _ in range(4):
-        state, _ = compiled(state, data, KEY)
+        state, _ = compiled(state, data, KEYS)
     half = fresh(tiny)
     for _ in range(2):
-        half, _ = compiled(half, data, KEY)
+        half, _ = compiled(half, data, KEYS)
     train = training.resumable(half)
     checkpoint.save(tmp_path / "epoch1", ema=half.ema, train=train, about={"step": 2})
     other = fresh(tiny)
     saved = checkpoint.restore(checkpoint.newest(tmp_path), "train", train)
     resumed = other._replace(**saved, ema=checkpoint.restore(tmp_path / "epoch1", "ema", other.ema))
     for _ in range(2):
-        resumed, _ = compiled(resumed, data, KEY)
+        resumed, _ = compiled(resumed, data, KEYS)
     same(state._replace(records=()), resumed._replace(records=()))
 
 
-def test_the_step_is_compiled_once(tiny, data, compiled):
-    state = fresh(tiny)
+def test_the_step_is_traced_once(tiny, data, monkeypatch):
+    traces, sample_batch = [], dataloader.sample_batch
+    monkeypatch.setattr(dataloader, "sample_batch", lambda *a, **k: traces.append(1) or sample_batch(*a, **k))
+    graphdef, state = training.init(tiny, TEXT_DIM, jax.random.key(0))
+    step = training.build_train_step(tiny, graphdef)
     for _ in range(3):
-        state, _ = compiled(state, data, KEY)
-    assert compiled._cache_size() == 1
+        state, _ = step(state, data, KEYS)
+    state, _ = step(state._replace(records=training.no_records()), data, KEYS)
+    assert len(traces) == 1
 
 
 def test_a_step_that_is_not_finite_changes_no_weight_and_is_counted(tiny, data, compiled):
@@ -71,25 +75,25 @@ def test_a_step_that_is_not_finite_changes_no_weight_and_is_counted(tiny, data, 
     poisoned = data._replace(
         text_emb=jnp.full_like(data.text_emb, jnp.nan), null_emb=jnp.full_like(data.null_emb, jnp.nan)
     )
-    after, loss = compiled(fresh(tiny), poisoned, KEY)
+    after, loss = compiled(fresh(tiny), poisoned, KEYS)
     assert not jnp.isfinite(loss)
     same(before[:3], after[:3])
     assert (int(after.records.skipped), int(after.step)) == (1, 1)
-    healed, _ = compiled(after, data, KEY)
+    healed, _ = compiled(after, data, KEYS)
     assert (int(healed.records.skipped), float(healed.records.count.sum())) == (1, tiny.B)
 
 
 def test_the_first_step_is_what_optax_makes_of_the_gradient(tiny, data, compiled):
     """The jitted step against its parts: the loss of equation 14, its gradient, AdamW's update, the average."""
     state = fresh(tiny)
-    data_key, noise_key = jax.random.split(KEY)
-    batch = dataloader.sample_batch(data, data_key, state.step, B=tiny.B, embedding_dropout=tiny.embedding_dropout)
+    rates = {"B": tiny.B, "embedding_dropout": tiny.embedding_dropout}
+    batch = dataloader.sample_batch(data, KEYS.order, KEYS.dropout, state.step, **rates)
     graphdef, _ = training.init(tiny, TEXT_DIM, jax.random.key(0))
     schedule = schedules.cosine(tiny.T)
 
     def objective(weights):
         model = training.nnx.merge(graphdef, training.nnx.State(weights))
-        t_key, eps_key = jax.random.split(jax.random.fold_in(noise_key, 0))
+        t_key, eps_key = jax.random.split(jax.random.fold_in(KEYS.noise, 0))
         t = jax.random.randint(t_key, (tiny.B,), 1, tiny.T + 1)
         noise = jax.random.normal(eps_key, batch.image.shape)
         mixed = schedule.alpha[t][:, None, None, None] * batch.image + schedule.sigma[t][:, None, None, None] * noise
@@ -104,7 +108,7 @@ def test_the_first_step_is_what_optax_makes_of_the_gradient(tiny, data, compiled
     optimizer_state = optimizer.init(state.weights)
     updates, optimizer_state = optimizer.update(clipped, optimizer_state, state.weights)
     weights = optax.apply_updates(state.weights, updates)
-    after, jitted_loss = compiled(state, data, KEY)
+    after, jitted_loss = compiled(state, data, KEYS)
     np.testing.assert_allclose(jitted_loss, loss, rtol=1e-5)
     for new, expected in zip(jax.tree.leaves(after.weights), jax.tree.leaves(weights), strict=True):
         np.testing.assert_allclose(new, expected, rtol=1e-4, atol=1e-6)
@@ -125,7 +129,7 @@ def test_one_batch_can_be_learned(tiny, data, prediction):
     step = training.build_train_step(config, graphdef)
     losses = []
     for _ in range(150):
-        state, loss = step(state, few, KEY)
+        state, loss = step(state, few, KEYS)
         losses.append(loss)
     assert np.mean(losses[-10:]) < 0.35 * np.mean(losses[:10])
 
@@ -133,7 +137,7 @@ def test_one_batch_can_be_learned(tiny, data, prediction):
 def test_records_sort_the_loss_by_noise_level(tiny, data, compiled):
     state, total = fresh(tiny), 0.0
     for _ in range(5):
-        state, loss = compiled(state, data, KEY)
+        state, loss = compiled(state, data, KEYS)
         total += float(loss) * tiny.B
     assert float(state.records.count.sum()) == 5 * tiny.B
     np.testing.assert_allclose(state.records.loss.sum(), total, rtol=1e-5)
