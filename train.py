@@ -52,15 +52,18 @@ def parse(args: list[str]) -> Options:
     if not named and not {"-h", "--help"} & set(args):
         preset = "emoji64" if device.on_accelerator() else "quick"
         print(f"preset: {preset}, fit for {'an accelerator' if preset == 'emoji64' else 'a CPU'}", flush=True)
-    return tyro.cli(
-        Options,
-        prog="train.py [quick|cpu|emoji64]",
-        description=__doc__,
-        default=Options(PRESETS[preset or "quick"]),
-        args=args[named:],
-        use_underscores=True,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    try:
+        return tyro.cli(
+            Options,
+            prog="train.py [quick|cpu|emoji64]",
+            description=__doc__,
+            default=Options(PRESETS[preset or "quick"]),
+            args=args[named:],
+            use_underscores=True,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+    except ValueError as error:  # of Params, which says which field is wrong and what is allowed
+        sys.exit(f"train.py: --{error}")
 
 
 def main() -> None:
@@ -131,7 +134,8 @@ def run(options: Options) -> None:
     # State: network, optimizer, averaged weights; new, or as the newest checkpoint left them.
     init_key, *streams = jax.random.split(jax.random.key(config.seed), 4)
     keys = training.Keys(*streams)
-    graphdef, state = training.init(config, encoder.dim, init_key)
+    graphdef = training.structure(config, encoder.dim)
+    state = training.init(config, encoder.dim, init_key)
     about = {
         "config": config.to_json(),
         "encoder": encoder.identity,
@@ -285,14 +289,8 @@ def describe(config: Params) -> None:
     for field, value in config.to_json().items():
         print(f"{field:18} {value}")
 
-    graphdef = None
-
-    def start():
-        nonlocal graphdef
-        graphdef, state = training.init(config, text_dim, jax.random.key(0))
-        return state
-
-    state = jax.eval_shape(start)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    state = jax.eval_shape(lambda key: training.initial(config, text_dim, key), key)
     n = config.MAX_INDEX or 1900
     data = jax.eval_shape(
         lambda: dataloader.Data(
@@ -303,8 +301,8 @@ def describe(config: Params) -> None:
             jnp.zeros(config.TEXT_LEN, bool),
         )
     )
-    keys = jax.eval_shape(lambda: training.Keys(*jax.random.split(jax.random.key(0), 3)))
-    lowered = training.build_train_step(config, graphdef).lower(state, data, keys)
+    step = training.build_train_step(config, training.structure(config, text_dim))
+    lowered = step.lower(state, data, training.Keys(key, key, key))
     memory = lowered.compile().memory_analysis()
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.weights))
     print(f"{'parameters':18} {parameters / 1e6:.2f} M")

@@ -7,7 +7,6 @@ with the run, is what draws later. A step whose loss or gradient is not finite c
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -65,17 +64,22 @@ def build_optimizer(config: Params) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(config.clip), optax.adamw(rate, weight_decay=config.weight_decay))
 
 
-def init(config: Params, text_dim: int, key: Key[Array, ""]) -> tuple[nnx.GraphDef, TrainState]:
-    """The network's structure, and the state that training starts from."""
+def structure(config: Params, text_dim: int) -> nnx.GraphDef:
+    """The network without its weights."""
+    return nnx.graphdef(nnx.eval_shape(lambda: UNet(config, text_dim, nnx.Rngs(0))))
 
-    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # runs once, compiles thrice as fast
-    def state(key: Key[Array, ""]) -> TrainState:
-        weights = nnx.to_pure_dict(nnx.state(UNet(config, text_dim, nnx.Rngs(key))))
-        optimizer = build_optimizer(config).init(weights)
-        return TrainState(weights, weights, optimizer, jnp.zeros((), jnp.int32), no_records())
 
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: UNet(config, text_dim, nnx.Rngs(0))))
-    return graphdef, state(key)
+def initial(config: Params, text_dim: int, key: Key[Array, ""]) -> TrainState:
+    """The state that training starts from: random weights, an average equal to them, an optimizer at rest."""
+    weights = nnx.to_pure_dict(nnx.state(UNet(config, text_dim, nnx.Rngs(key))))
+    optimizer = build_optimizer(config).init(weights)
+    return TrainState(weights, weights, optimizer, jnp.zeros((), jnp.int32), no_records())
+
+
+def init(config: Params, text_dim: int, key: Key[Array, ""]) -> TrainState:
+    """`initial` on the device, in one program; it runs once, so it is compiled fast rather than well."""
+    fast = {"xla_backend_optimization_level": 0}
+    return jax.jit(lambda key: initial(config, text_dim, key), compiler_options=fast)(key)
 
 
 def loss_per_picture(

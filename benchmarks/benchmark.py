@@ -51,7 +51,8 @@ def main() -> None:
         jnp.zeros((config.TEXT_LEN, TEXT_DIM)),
         jnp.ones(config.TEXT_LEN, bool),
     )
-    graphdef, state = training.init(config, TEXT_DIM, jax.random.key(0))
+    graphdef = training.structure(config, TEXT_DIM)
+    state = training.init(config, TEXT_DIM, jax.random.key(0))
     step = training.build_train_step(config, graphdef)
     batch = jax.jit(
         lambda data, keys, step: dataloader.sample_batch(
@@ -73,7 +74,7 @@ def main() -> None:
         return draw(state.ema, np.zeros(1, np.int32), *caption, null, 7.0, steps=25, guided=True)
 
     compile_seconds = seconds(lambda: step(state, data, keys))
-    _, state = training.init(config, TEXT_DIM, jax.random.key(0))  # the call has taken the old one's buffers
+    state = training.init(config, TEXT_DIM, jax.random.key(0))  # the call has taken the old one's buffers
     state, _ = step(state, data, keys)
     for function, args in (
         (product, (matrix, matrix)),

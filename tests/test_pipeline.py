@@ -22,7 +22,7 @@ from text_encoder import TextEncoder
 def trained(tiny, tmp_path_factory):
     """A checkpoint whose weights are random, so that words and seeds both matter."""
     encoder = TextEncoder(tiny.encoder)
-    _, state = training.init(tiny, encoder.dim, jax.random.key(0))
+    state = training.init(tiny, encoder.dim, jax.random.key(0))
     random = np.random.default_rng(0)
     ema = jax.tree.map(lambda w: np.asarray(0.1 * random.normal(size=w.shape), np.float32), state.ema)
     path = tmp_path_factory.mktemp("models") / "final"
@@ -79,7 +79,7 @@ def test_another_guidance_seed_or_prompt_compiles_nothing(drawer):
 def test_drawing_is_ddim_over_guided_and_thresholded_estimates(drawer, trained, tiny):
     """The pipeline against its parts, put together by hand for one picture."""
     text, mask = map(jnp.asarray, drawer.encoder(["red disc", ""], tiny.TEXT_LEN))
-    graphdef, _ = training.init(tiny, drawer.encoder.dim, jax.random.key(0))
+    graphdef = training.structure(tiny, drawer.encoder.dim)
     model = pipelines.nnx.merge(graphdef, pipelines.nnx.State(drawer.weights))
     schedule = schedules.cosine(tiny.T)
 

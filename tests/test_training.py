@@ -29,12 +29,11 @@ def data():
 
 @pytest.fixture(scope="module")
 def compiled(tiny):
-    graphdef, _ = training.init(tiny, TEXT_DIM, jax.random.key(0))
-    return training.build_train_step(tiny, graphdef)
+    return training.build_train_step(tiny, training.structure(tiny, TEXT_DIM))
 
 
 def fresh(tiny):
-    return training.init(tiny, TEXT_DIM, jax.random.key(0))[1]
+    return training.init(tiny, TEXT_DIM, jax.random.key(0))
 
 
 def same(a, b):
@@ -62,8 +61,8 @@ def test_stopping_and_going_on_equals_not_stopping(tiny, data, compiled, tmp_pat
 def test_the_step_is_traced_once(tiny, data, monkeypatch):
     traces, sample_batch = [], dataloader.sample_batch
     monkeypatch.setattr(dataloader, "sample_batch", lambda *a, **k: traces.append(1) or sample_batch(*a, **k))
-    graphdef, state = training.init(tiny, TEXT_DIM, jax.random.key(0))
-    step = training.build_train_step(tiny, graphdef)
+    state = fresh(tiny)
+    step = training.build_train_step(tiny, training.structure(tiny, TEXT_DIM))
     for _ in range(3):
         state, _ = step(state, data, KEYS)
     state, _ = step(state._replace(records=training.no_records()), data, KEYS)
@@ -88,7 +87,7 @@ def test_the_first_step_is_what_optax_makes_of_the_gradient(tiny, data, compiled
     state = fresh(tiny)
     rates = {"B": tiny.B, "embedding_dropout": tiny.embedding_dropout}
     batch = dataloader.sample_batch(data, KEYS.order, KEYS.dropout, state.step, **rates)
-    graphdef, _ = training.init(tiny, TEXT_DIM, jax.random.key(0))
+    graphdef = training.structure(tiny, TEXT_DIM)
     schedule = schedules.cosine(tiny.T)
 
     def objective(weights):
@@ -125,8 +124,8 @@ def test_one_batch_can_be_learned(tiny, data, prediction):
         tiny, prediction=prediction, B=5, learning_rate=5e-3, embedding_dropout=0.0, BASE_DIM=16
     )
     few = data._replace(images=data.images[:1] // 64 * 64, text_emb=data.text_emb[:1], text_mask=data.text_mask[:1])
-    graphdef, state = training.init(config, TEXT_DIM, jax.random.key(0))
-    step = training.build_train_step(config, graphdef)
+    state = training.init(config, TEXT_DIM, jax.random.key(0))
+    step = training.build_train_step(config, training.structure(config, TEXT_DIM))
     losses = []
     for _ in range(150):
         state, loss = step(state, few, KEYS)
