@@ -23,6 +23,7 @@ class MetricsLog:
         """Add a line for the steps since the last one, from their training.Records on the host; returns it."""
         line = {
             "step": step,
+            "images": step * self.B,
             "epoch": step * self.B / self.pictures,
             "loss": float(records.loss.sum() / records.count.sum()),
             "loss_per_level": [

@@ -18,6 +18,7 @@ from PIL import Image
 import checkpoint
 import dataloader
 import evaluate
+import plot
 import test as drawing
 import train
 from params import PRESETS, Params
@@ -103,6 +104,12 @@ def test_from_nothing_to_pictures_and_on(call, tiny):
     assert "no checkpoint at" in call(drawing, "--checkpoint", "elsewhere")
     assert "prompt is empty" in call(drawing, "--prompts", "")
 
+    said = call(plot, "models_vA0", "undisturbed", "--output", "new/curves.png")
+    assert "new/curves.png written: models_vA0, undisturbed" in said
+    with Image.open("new/curves.png") as picture:
+        assert picture.size == (1200, 432)
+    assert "there is no nowhere/metrics.jsonl" in call(plot, "nowhere")
+
     said = call(evaluate, "--steps", "3")
     assert "8 captions of 8 training pictures, guidance 7, 3 steps" in said
     assert "chance                    12.5%    62.5%            4" in said
@@ -174,10 +181,10 @@ def test_wrong_fields_are_named(call, words, message):
     assert message in " ".join(call(train, "quick", *words).replace("│", "").split())
 
 
-@pytest.mark.parametrize("script", ["train", "test", "evaluate", "prepare_dataset"])
+@pytest.mark.parametrize("script", ["train", "test", "evaluate", "plot", "prepare_dataset"])
 def test_help_needs_neither_jax_nor_pandas(script):
     code = f"import sys, runpy; sys.argv = ['{script}.py', '--help']\n"
     code += f"try: runpy.run_path('{ROOT / script}.py', run_name='__main__')\n"
-    code += "except SystemExit: print({'jax', 'pandas', 'flax', 'transformers'} & set(sys.modules))"
+    code += "except SystemExit: print({'jax', 'pandas', 'flax', 'transformers', 'matplotlib'} & set(sys.modules))"
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert said.endswith("set()\n")
