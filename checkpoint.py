@@ -25,10 +25,10 @@ class CheckpointError(ValueError):
 def save(path: Path, *, ema: dict, train: dict, about: dict) -> None:
     """Write a checkpoint folder; an older one of that name is replaced only by a complete one."""
     path = path.resolve()
-    new, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
     path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    _recover(path)
+    new, old = _beside(path)
+    shutil.rmtree(new, ignore_errors=True)
     items = ocp.args.Composite(
         ema=ocp.args.StandardSave(ema), train=ocp.args.StandardSave(train), about=ocp.args.JsonSave(about)
     )
@@ -37,6 +37,19 @@ def save(path: Path, *, ema: dict, train: dict, about: dict) -> None:
     if path.exists():
         path.rename(old)
     new.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _beside(path: Path) -> tuple[Path, Path]:
+    """Where a checkpoint is written before it takes its name, and where the one that had the name waits until then."""
+    return path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
+
+
+def _recover(path: Path) -> None:
+    """Undo a replacement that was cut off between its two renames."""
+    _, old = _beside(path)
+    if old.exists() and not path.exists():
+        old.rename(path)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -53,14 +66,22 @@ def restore(path: Path, item: str, like):
 
 
 def newest(folder: Path) -> Path | None:
-    """The checkpoint in `folder` that has trained for the most steps; None where there is none."""
-    named = [path for path in folder.glob("*") if re.fullmatch(r"epoch\d+|final|stopped", path.name)]
-    whole = [path for path in named if all((path / item).is_dir() for item in ITEMS)]
-    return max(whole, key=lambda path: about(path)["step"], default=None)
+    """The readable checkpoint in `folder` that has trained for the most steps; None where there is none."""
+    for left in folder.glob(".*.old"):
+        _recover(left.with_name(left.name[1:].removesuffix(".old")))
+    steps = {}
+    for path in folder.glob("*"):
+        if re.fullmatch(r"epoch\d+|final|stopped", path.name):
+            try:
+                steps[path] = about(path)["step"]
+            except CheckpointError as error:
+                print(f"passed over: {error}")
+    return max(steps, key=steps.get, default=None)
 
 
 def _read(path: Path, item: str, args):
     path = path.resolve()
+    _recover(path)
     if not path.is_dir():
         others = sorted(str(found.parent) for found in path.parent.glob("*/about"))
         hint = f"there are {', '.join(others)}" if others else "train one: python train.py quick"

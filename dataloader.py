@@ -5,9 +5,7 @@ Which pictures a step sees follows from the seed and the step alone: pass number
 permutation(fold_in(key, e)). So nothing has to be saved to go on where a run stopped.
 """
 
-import hashlib
 import json
-import os
 from typing import NamedTuple
 
 import jax
@@ -15,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
-from packages import CACHE
+from cache import cached
 from text_encoder import TextEncoder
 
 
@@ -40,16 +38,8 @@ def encode(
 ) -> tuple[Float[np.ndarray, "n l d"], Bool[np.ndarray, "n l"]]:
     """Token embeddings and masks of many captions, computed once and kept on disk under a hash of all that matters."""
     recipe = json.dumps([encoder.identity, length, texts])
-    file = CACHE / "captions" / f"{hashlib.sha256(recipe.encode()).hexdigest()[:32]}.npz"
-    if file.exists():
-        with np.load(file) as saved:
-            return saved["text_emb"], saved["text_mask"]
-    text_emb, text_mask = encoder(texts, length)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_suffix(f".{os.getpid()}.npz")
-    np.savez(beside, text_emb=text_emb, text_mask=text_mask)
-    beside.rename(file)
-    return text_emb, text_mask
+    arrays = cached("captions", recipe, lambda: dict(zip(("emb", "mask"), encoder(texts, length), strict=True)))
+    return arrays["emb"], arrays["mask"]
 
 
 def load(images: UInt8[np.ndarray, "n h w c"], captions: list[str], encoder: TextEncoder, length: int) -> Data:

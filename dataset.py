@@ -16,11 +16,9 @@ is an error. A missing picture is reported too but is no reason to stop: few ven
 import hashlib
 import io
 import json
-import os
 import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +26,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps
 
-import packages
+from cache import cached
 
 CSV, MISSING = "full_emoji.csv", "there is no such file"
 COLUMNS = ("#", "name", "keywords", "split")
@@ -118,6 +116,10 @@ def load(
         raise DatasetError(
             f"{root} has no captioned picture for vendor {vendor} ({len(rows)} rows in {CSV}{first}). "
             f"Each row's picture is image/{vendor}/<#>.png"
+        )
+    if not trained:
+        raise DatasetError(
+            f"{root}: all {len(kept)} pictures are held out, none is left to train on; mend the column split of {CSV}"
         )
     return _pictures(kept, np.stack(images), faults)
 
@@ -222,27 +224,16 @@ def _decoded(root: Path, vendor: str, indexes: list[str], shape: tuple[int, int,
     """uint8 [n, *shape], zero where there is a fault, and what each fault is or ""; from the cache if it is there."""
     paths = [root / "image" / vendor / f"{index}.png" for index in indexes]
     with _quiet(), ThreadPoolExecutor(4) as pool:
-        digests = pool.map(_digest, paths)
-        key = hashlib.sha256(json.dumps([FORMAT, shape, list(digests)]).encode()).hexdigest()
-        cached = packages.CACHE / "pictures" / f"{key}.npz"
-        with suppress(Exception):  # whatever is wrong with a cache, its content can be made again
-            with np.load(cached) as arrays:
-                images, what = arrays["images"], arrays["what"].tolist()
-            if images.shape == (len(paths), *shape) and images.dtype == np.uint8 and len(what) == len(paths):
-                return images, what
-        results = list(pool.map(lambda path: _fitted(path, shape), paths))
-    images = np.zeros((len(paths), *shape), np.uint8)
-    for image, result in zip(images, results, strict=True):
-        if not isinstance(result, str):
-            image[:] = result
-    what = [result if isinstance(result, str) else "" for result in results]
-    beside = cached.with_name(f".{key}.{os.getpid()}.part")
-    with suppress(OSError):  # a full or read-only disk costs only the next start's time
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("wb") as file:
-            np.savez(file, images=images, what=np.array(what, str))
-        beside.replace(cached)
-    return images, what
+
+        def decode() -> dict[str, np.ndarray]:
+            results = list(pool.map(lambda path: _fitted(path, shape), paths))
+            blank = np.zeros(shape, np.uint8)
+            images = [blank if isinstance(result, str) else result for result in results]
+            what = [result if isinstance(result, str) else "" for result in results]
+            return {"images": np.array(images, np.uint8).reshape(-1, *shape), "what": np.array(what, str)}
+
+        arrays = cached("pictures", json.dumps([FORMAT, shape, list(pool.map(_digest, paths))]), decode)
+    return arrays["images"], arrays["what"].tolist()
 
 
 def _digest(path: Path) -> str:

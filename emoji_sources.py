@@ -45,6 +45,7 @@ OPENMOJI = Package(
 EMOJILIB = Package("npm", "emojilib", "4.0.3", "7f9a6b43cff31d18985b7d65d11faba5bd971cbcc60020cf6d09322fbaaaf303")
 
 VENDORS = ("Google", "Twitter", "OpenMoji")
+WHOLE = ".whole"  # a file in a vendor's folder, written when all of its pictures are there
 COLUMNS = ["#", "emoji", "unicode", "name", "keywords", "group", "split"]
 HELDOUT = 0.05  # of the concepts
 FONT_FOLDERS = ("~/.local/share/fonts", "~/.fonts", "~/Library/Fonts", "/usr/share/fonts", "/usr/local/share/fonts")
@@ -217,7 +218,28 @@ def prepare(root: Path, vendor: str = "", *, progress: bool = True) -> str:
         if not _shows(path, points):
             with source.pictures[text]() as picture:
                 save_png(picture.convert("RGBA"), path, {"emoji": points, "source": source.title})
+    (folder / WHOLE).write_text(source.title + "\n")
     return source.vendor
+
+
+def ensure(root: Path, vendor: str) -> str:
+    """Prepare what is missing or was interrupted, and leave everybody's own data alone; returns the vendor to use.
+
+    That is `vendor`, or the one that stands in for Google's pictures where they cannot be had. Raises as `prepare`.
+    """
+    folder = root / "image" / vendor
+    if vendor not in VENDORS or (folder / WHOLE).exists():
+        return vendor
+    with suppress(OSError, ValueError):  # no CSV yet, or a damaged one: prepare says so
+        header = (root / CSV).read_text(encoding="utf-8").partition("\n")[0]
+        if header.strip() != ",".join(COLUMNS):
+            return vendor
+    if vendor != "Google":
+        return prepare(root, vendor)
+    if (root / "image" / "OpenMoji" / WHOLE).exists() and not folder.exists():
+        print("Google's pictures could not be had when this dataset was prepared; taking OpenMoji's")
+        return "OpenMoji"
+    return prepare(root)
 
 
 def _source(vendor: str) -> Source:

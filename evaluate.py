@@ -17,10 +17,11 @@ import device
 @dataclass(frozen=True)
 class Options:
     checkpoint: Path = Path("models_vA0/final")  # folder written by train.py
+    encoder: str | None = None  # where the text encoder is, if no longer where the checkpoint was trained
     data: Path | None = None  # dataset, where it is no longer where the checkpoint was trained
     samples: int = 256  # pictures to draw
     c: float = 7.0  # guidance
-    steps: int = 25  # of the sampler
+    steps: int | None = None  # of the sampler; 25 if nothing is said
     seed: int = 0  # the first picture's; each has the next one
 
 
@@ -33,7 +34,7 @@ def main() -> None:
 
     try:
         evaluate(options)
-    except (dataset.DatasetError, CheckpointError, EncoderError, ValueError) as error:
+    except (dataset.DatasetError, CheckpointError, EncoderError, ValueError, OSError) as error:
         sys.exit(f"evaluate.py: {error}")
 
 
@@ -47,7 +48,7 @@ def evaluate(options: Options) -> None:
 
     if options.samples < 2:
         raise ValueError(f"--samples {options.samples}: at least 2 are needed")
-    pipeline = DiffusionPipeline(options.checkpoint)
+    pipeline = DiffusionPipeline(options.checkpoint, options.encoder)
     config = pipeline.config
     pictures = dataset.load(
         options.data or Path(config.data), vendor=config.vendor, limit=config.MAX_INDEX, height=config.H,
@@ -69,7 +70,7 @@ def evaluate(options: Options) -> None:
     distance = metrics.distances(np.concatenate(drawn), images)
     shuffled = np.random.default_rng(options.seed).permutation(own)
 
-    print(f"{len(own)} captions of {len(names)} training pictures, guidance {options.c:g}, {options.steps} steps")
+    print(f"{len(own)} captions of {len(names)} training pictures, guidance {options.c:g}")
     print(f"{'':22}{'nearest':>9}{'top 5':>9}{'median rank':>13}")
     for label, rows in (("its own caption", own), ("captions shuffled", shuffled)):
         rank = metrics.ranks(distance, rows)

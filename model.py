@@ -1,4 +1,5 @@
-"""The network: a U-Net that looks at a noisy picture, the step t and a caption, and predicts the noise.
+"""The network: a U-Net that looks at a noisy picture, the step t and a caption, and predicts the noise
+(or the velocity, or the clean picture: the network does not know which).
 
     pixels ─ fold PATCH × PATCH pixels into channels ─ conv
       down:  ResBlock (+ self-attention) (+ cross-attention to the caption's tokens), halve        once per resolution

@@ -23,11 +23,13 @@ import checkpoint as checkpoints
 import device
 import schedule as schedules
 from dataloader import to_bytes
-from grids import save_png
+from grids import as_picture, save_png
 from model import UNet
 from params import Params
 from samplers import ddim, guide, threshold, trailing
 from text_encoder import TextEncoder
+
+STEPS = 25  # of the sampler, where nobody says otherwise
 
 Context = tuple[Float[Array, "l d"], Bool[Array, "l"]]  # embeddings and mask of one caption's tokens
 
@@ -79,19 +81,22 @@ class DiffusionPipeline:
     encoder cannot be had; ValueError for a prompt, guidance, steps, seed or size that cannot be drawn.
     """
 
-    def __init__(self, checkpoint: str | Path = "models_vA0/final"):
+    def __init__(self, checkpoint: str | Path = "models_vA0/final", encoder: str | None = None):
+        """encoder: where the text encoder is, if no longer under the name that the checkpoint was trained with."""
         device.keep_compiled()
         path = Path(checkpoint)
         self.about = checkpoints.about(path)
         try:
             self.config = Params.from_json(self.about["config"])
+            if self.about["schedule"] != {"name": schedules.NAME, "T": self.config.T}:
+                raise ValueError(f"schedule {self.about['schedule']}: only {schedules.NAME!r} is known")
         except (KeyError, TypeError, ValueError) as error:
             raise checkpoints.CheckpointError(f"{path / 'about'}: {error}") from error
-        self.encoder = TextEncoder(self.config.encoder)
-        if self.encoder.identity["sha256"] != self.about["encoder"]["sha256"]:
+        self.encoder = TextEncoder(encoder or self.config.encoder)
+        then, now = self.about["encoder"]["sha256"], self.encoder.identity["sha256"]
+        if then != now:
             raise checkpoints.CheckpointError(
-                f"{path} was trained with the weights {self.about['encoder']['sha256'][:12]}… of "
-                f"{self.config.encoder}, those here are {self.encoder.identity['sha256'][:12]}…; "
+                f"{path} was trained with the files {then[:12]}… of {self.config.encoder}, those here are {now[:12]}…; "
                 "bring the encoder that it was trained with"
             )
         graphdef, like = nnx.split(nnx.eval_shape(lambda: UNet(self.config, self.encoder.dim, nnx.Rngs(0))))
@@ -111,18 +116,18 @@ class DiffusionPipeline:
         cfg: bool = True,
         c: float = 7,
         *,
-        steps: int = 25,
+        steps: int | None = None,
         seed: int = 0,
         size: int | None = None,
     ) -> Image.Image:
         """Draw a prompt; writes a PNG where output_path is given.
 
         cfg: classifier-free guidance of strength c (1: the plain conditional model). size: side of the returned
-        picture in pixels, resized from the model's own; None leaves it.
+        picture in pixels, resized from the model's own; None leaves it. steps: of the sampler; None takes 25.
         """
         (image,) = self.generate_images([prompt], cfg, c, steps=steps, seeds=[seed], size=size)
         if output_path is not None:
-            save_png(image, Path(output_path), {"prompt": prompt, "c": c if cfg else 1, "steps": steps, "seed": seed})
+            save_png(image, Path(output_path), {"prompt": prompt, "c": c if cfg else 1, "seed": seed})
         return image
 
     def generate_images(
@@ -131,18 +136,19 @@ class DiffusionPipeline:
         cfg: bool = True,
         c: float = 7,
         *,
-        steps: int = 25,
+        steps: int | None = None,
         seeds: int | Sequence[int] = 0,
         size: int | None = None,
     ) -> list[Image.Image]:
         """Draw any number of prompts, each from its own seed (or all from one)."""
+        if size is not None and not 1 <= size <= 8192:
+            raise ValueError(f"size = {size}: allowed are whole numbers of pixels from 1 to 8192")
         pictures = self.generate_arrays(prompts, cfg, c, steps=steps, seeds=seeds)
-        images = [Image.fromarray(picture.squeeze()) for picture in pictures]
+        images = [as_picture(picture) for picture in pictures]
         if size is None:
             return images
-        if size < 1:
-            raise ValueError(f"size = {size}: allowed are whole numbers of pixels from 1 up")
-        return [image.resize((size, round(size * image.height / image.width)), Image.LANCZOS) for image in images]
+        height = max(1, round(size * self.config.H / self.config.W))
+        return [image.resize((size, height), Image.Resampling.LANCZOS) for image in images]
 
     def generate_arrays(
         self,
@@ -150,7 +156,7 @@ class DiffusionPipeline:
         cfg: bool = True,
         c: float = 7,
         *,
-        steps: int = 25,
+        steps: int | None = None,
         seeds: int | Sequence[int] = 0,
     ) -> UInt8[np.ndarray, "n h w c"]:
         """As generate_images, as one array of bytes."""
@@ -166,6 +172,7 @@ class DiffusionPipeline:
             raise ValueError(f"seed = {seeds}: allowed are whole numbers from 0 to {2**31 - 1}")
         if not (math.isfinite(c) and c >= 0):
             raise ValueError(f"c = {c}: allowed are finite numbers from 0 up (1 is no guidance, 7 the default)")
+        steps = min(STEPS, self.config.T) if steps is None else steps
         trailing(self.config.T, steps)  # refuses wrong steps before any work
 
         text_emb, text_mask = self.encoder(list(prompts), self.config.TEXT_LEN)
@@ -176,8 +183,6 @@ class DiffusionPipeline:
             padded = [np.resize(array, (self.batch, *array.shape[1:])) for array in batch]
             drawn = self._draw(self.weights, *padded, self.null, float(c), steps=steps, guided=cfg and c != 1)
             pictures.append(np.asarray(drawn)[: len(batch[0])])
-        return np.concatenate(pictures) if pictures else np.zeros((0, *self._shape), np.uint8)
-
-    @property
-    def _shape(self) -> tuple[int, int, int]:
-        return self.config.H, self.config.W, self.config.CHANNELS
+        if not pictures:
+            return np.zeros((0, self.config.H, self.config.W, self.config.CHANNELS), np.uint8)
+        return np.concatenate(pictures)

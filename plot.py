@@ -68,9 +68,12 @@ def read(run: Path) -> list[dict]:
     lines = []
     for number, text in enumerate(path.read_text().splitlines(), 1):
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
+            lines.append({field: line[field] for field in ("images", "loss", "loss_per_level")})
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} line {number} is not JSON ({error}); delete that line") from None
+        except KeyError as field:
+            raise ValueError(f"{path} line {number} has no {field}: another version wrote it") from None
     if not lines:
         raise ValueError(f"{path} has no lines yet: the first comes after --log_every steps")
     return lines

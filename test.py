@@ -20,9 +20,10 @@ class Options:
     checkpoint: Path = Path("models_vA0/final")  # folder written by train.py
     prompts: tuple[str, ...] = ()  # what to draw
     c: float = 7.0  # guidance: 1 follows the caption as learned, more insists on it
-    steps: int = 25  # of the sampler
+    steps: int | None = None  # of the sampler; 25 if nothing is said
     seed: int = 0  # of every picture's noise
     size: int = 128  # side of the pictures in the grid, pixels
+    encoder: str | None = None  # where the text encoder is, if no longer where the checkpoint was trained
     output: Path = Path("validation_images/test")  # folder of grid.png and the single pictures
 
 
@@ -42,7 +43,9 @@ def draw(options: Options) -> None:
     from grids import captioned_grid, save_png
     from pipeline import DiffusionPipeline
 
-    pipeline = DiffusionPipeline(options.checkpoint)
+    if not 8 <= options.size <= 2048:
+        raise ValueError(f"--size {options.size}: allowed are whole numbers of pixels from 8 to 2048")
+    pipeline = DiffusionPipeline(options.checkpoint, options.encoder)
     prompts = list(options.prompts or pipeline.about["prompts"])
     start = time.perf_counter()
     images = pipeline.generate_images(prompts, c=options.c, steps=options.steps, seeds=options.seed)

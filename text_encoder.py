@@ -192,6 +192,11 @@ def bert(
     return jnp.where(mask[..., None], x, 0)
 
 
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 class TextEncoder:
     """A frozen BERT and its tokenizer: `text_emb, text_mask = TextEncoder(name)(texts, length)`."""
 
@@ -201,8 +206,8 @@ class TextEncoder:
         for file in ("config.json", "model.safetensors"):
             if not (self.folder / file).is_file():
                 raise EncoderError(f"text encoder {name!r}: {self.folder} has no {file}.{WAYS}")
-        if name == MINILM and (found := self.identity["sha256"]) != MINILM_SHA256:
-            file = self.folder / "model.safetensors"
+        file = self.folder / "model.safetensors"
+        if name == MINILM and (found := _sha256(file)) != MINILM_SHA256:
             raise EncoderError(f"{file} is not the pinned one: its SHA-256 is {found}, expected {MINILM_SHA256}")
         config = read_config(self.folder)
         self._tokenizer = read_tokenizer(self.folder)
@@ -216,9 +221,10 @@ class TextEncoder:
 
     @functools.cached_property
     def identity(self) -> dict[str, str]:
-        """What a checkpoint records, to notice at sampling that it was trained with other weights."""
-        with open(self.folder / "model.safetensors", "rb") as file:
-            return {"name": self.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        """What a checkpoint records, to notice at sampling that it was trained with other weights or words."""
+        files = [file for file in (self.folder / name for name in FILES[:4]) if file.is_file()]
+        together = hashlib.sha256("".join(map(_sha256, files)).encode()).hexdigest()
+        return {"name": self.name, "sha256": together}
 
     def tokenize(self, texts: list[str], length: int) -> tuple[Int32[np.ndarray, "b l"], Bool[np.ndarray, "b l"]]:
         """Word pieces and mask; a text of more than `length` tokens loses its end but keeps [SEP], with a warning."""

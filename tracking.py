@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -11,8 +11,11 @@ class MetricsLog:
     """Appends to a metrics.jsonl; lines past `step`, of a run that was cut off, are dropped first."""
 
     def __init__(self, path: Path, step: int, pictures: int, B: int):
-        lines = path.read_text().splitlines() if step and path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        kept = []
+        if step and path.exists():
+            for line in path.read_text().splitlines():
+                with suppress(json.JSONDecodeError):  # a line that was cut off
+                    kept += [line] if json.loads(line)["step"] <= step else []
         beside = path.with_suffix(".new")
         beside.write_text("".join(f"{line}\n" for line in kept))
         beside.replace(path)

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import json
 import os
+import shlex
 import signal
 import sys
 from collections import deque
@@ -21,14 +22,9 @@ import tyro
 import device
 from params import PRESETS, Params
 
-MAY_CHANGE = {
-    "data",
-    "max_bad",
-    "epochs",
-    "log_every",
-    "sample_every",
-    "save_every",
-}  # between a run and its resumption
+MAY_CHANGE = {  # between a run and its resumption
+    "data", "max_bad", "epochs", "learning_rate", "clip", "weight_decay", "log_every", "sample_every", "save_every",
+}  # fmt: skip
 SAMPLES = 12  # pictures in a grid
 
 
@@ -85,8 +81,11 @@ def main() -> None:
         packages.PackageError,
         text_encoder.EncoderError,
         checkpoint.CheckpointError,
+        OSError,
     ) as error:
         sys.exit(f"train.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted before training began; the same command starts again and keeps what is prepared")
 
 
 def run(options: Options) -> None:
@@ -102,7 +101,7 @@ def run(options: Options) -> None:
     import schedule
     import training
     from grids import captioned_grid, save_png
-    from pipeline import build_draw
+    from pipeline import STEPS, build_draw
     from text_encoder import TextEncoder
     from tracking import MetricsLog
 
@@ -112,22 +111,32 @@ def run(options: Options) -> None:
         sys.exit(f"{output} already holds {newest.name}: go on with --resume, or train elsewhere with --output FOLDER")
     if newest is None and options.resume:
         sys.exit(f"--resume: {output} holds no checkpoint to go on from; start without it")
+    named = [part for part in output.parts if part not in (output.anchor, ".", "..")]
+    grids = Path("validation_images", "-".join(named) or "run")
     writable(output)
+    writable(grids)
 
     root = Path(config.data)
-    if not (root / "full_emoji.csv").exists() and config.data == Params.data:
-        wanted = "" if config.vendor == Params.vendor else config.vendor
-        config = dataclasses.replace(config, vendor=emoji_sources.prepare(root, wanted))
+    if config.data == Params.data:
+        config = dataclasses.replace(config, vendor=emoji_sources.ensure(root, config.vendor))
+    if Path(config.encoder).expanduser().is_dir():  # drawing may start from another folder
+        config = dataclasses.replace(config, encoder=str(Path(config.encoder).expanduser().resolve()))
     pictures = dataset.load(
         root, vendor=config.vendor, limit=config.MAX_INDEX, height=config.H, width=config.W,
         channels=config.CHANNELS, max_bad=config.max_bad,
     )  # fmt: skip
     for fault in pictures.faults[:5]:
         print(f"skipped: {fault.where}: {fault.what}")
+    if len(pictures.faults) > 5:
+        print(f"skipped: {len(pictures.faults) - 5} more; see python prepare_dataset.py --check --data {root}")
     encoder = TextEncoder(config.encoder)
-    named = list(zip(pictures.names, pictures.heldout, strict=True))
-    captions = [name for name, heldout in named if not heldout]
-    heldout_captions = [name for name, heldout in named if heldout]
+    if encoder.max_length < config.TEXT_LEN:
+        sys.exit(
+            f"train.py: --TEXT_LEN = {config.TEXT_LEN}: {config.encoder} takes at most {encoder.max_length} tokens"
+        )
+    rows = list(zip(pictures.names, pictures.heldout, strict=True))
+    captions = [name for name, heldout in rows if not heldout]
+    heldout_captions = [name for name, heldout in rows if heldout]
     data = dataloader.load(pictures.images[~pictures.heldout], captions, encoder, config.TEXT_LEN)
     print(f"{len(captions)} pictures of {config.vendor} to train on, {len(heldout_captions)} held out")
 
@@ -162,13 +171,13 @@ def run(options: Options) -> None:
     def sample(name: str) -> Path:
         seeds = np.arange(len(prompts), dtype=np.int32)
         null = (data.null_emb, data.null_mask)
-        images = draw(state.ema, seeds, text_emb, text_mask, null, 7.0, steps=25, guided=True)
-        path = Path("validation_images") / output.name / f"{name}.png"
+        images = draw(state.ema, seeds, text_emb, text_mask, null, 7.0, steps=min(STEPS, config.T), guided=True)
+        path = grids / f"{name}.png"
         save_png(captioned_grid(np.asarray(images), prompts, columns=6, cell=96), path, None)
         return path
 
     # Training.
-    train_step = training.build_train_step(config, graphdef)
+    train_step = training.build_train_step(config, graphdef).lower(state, data, keys).compile()
     step = int(state.step)
     steps = -(-config.epochs * len(captions) // config.B)
     stop = stop_signal()
@@ -186,7 +195,7 @@ def run(options: Options) -> None:
         epoch, before = step * config.B // len(captions), (step - 1) * config.B // len(captions)
         sampling = epoch // config.sample_every > before // config.sample_every
         saving = epoch // config.save_every > before // config.save_every
-        if step % config.log_every == 0 or sampling or saving or step == steps:
+        if step % config.log_every == 0 or sampling or saving or step == steps or stop:
             records, state = jax.device_get(state.records), state._replace(records=training.no_records())
             if records.skipped:
                 bar.close()
@@ -194,12 +203,12 @@ def run(options: Options) -> None:
                 sys.exit(not_finite(step, records.skipped, output))
             line = log.write(step, records)
             bar.set_postfix(loss=f"{line['loss']:.4f}")
-        if sampling and step < steps:
-            with log.paused():
-                bar.write(f"epoch {epoch}: loss {line['loss']:.4f}, {sample(f'epoch{epoch}')}")
         if saving and step < steps:
             with log.paused():
                 save(f"epoch{epoch}")
+        if sampling and step < steps:
+            with log.paused():
+                bar.write(f"epoch {epoch}: loss {line['loss']:.4f}, {sample(f'epoch{epoch}')}")
     bar.close()
 
     if step < steps:
@@ -263,13 +272,13 @@ def same_run(path: Path, saved: dict, now: dict) -> None:
 def not_finite(step: int, skipped: int, output: Path) -> str:
     return (
         f"the loss or gradient was not finite in {skipped} of the last steps before {step}; {output / 'stopped'} holds "
-        "the last good state. Try a smaller --learning_rate or --clip"
+        f"the last good state. Go on from it with a smaller --learning_rate or --clip: {again(resume=True)}"
     )
 
 
 def again(*, resume: bool) -> str:
     words = [word for word in sys.argv[1:] if word != "--resume"] + ["--resume"] * resume
-    return " ".join(["python train.py", *words])
+    return f"python train.py {shlex.join(words)}"
 
 
 def describe(config: Params) -> None:

@@ -194,12 +194,41 @@ def test_an_interrupted_preparation_goes_on_where_it_stopped(few, tmp_path, monk
     kept = (folder / "3.png").stat().st_mtime_ns
     monkeypatch.setattr(sources, "save_png", grids.save_png)
     prepare(tmp_path, progress=False)
-    resumed = {path.name: path.read_bytes() for path in folder.iterdir()}
+    resumed = {path.name: path.read_bytes() for path in folder.glob("*.png")}
     assert (folder / "3.png").stat().st_mtime_ns == kept
     shutil.rmtree(folder)
     prepare(tmp_path, progress=False)
-    assert resumed == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert resumed == {path.name: path.read_bytes() for path in folder.glob("*.png")}
     assert len(resumed) == 5
+
+
+def test_training_makes_sure_that_the_pictures_are_whole_once(few, tmp_path, monkeypatch):
+    real, calls = sources.prepare, []
+    monkeypatch.setattr(sources, "prepare", lambda *args: calls.append(args[1:]) or real(*args, progress=False))
+    assert sources.ensure(tmp_path, "Google") == sources.ensure(tmp_path, "Google") == "Google"
+    assert calls == [()]
+    (tmp_path / "image" / "Google" / "3.png").unlink()
+    (tmp_path / "image" / "Google" / sources.WHOLE).unlink()  # as if it had been interrupted
+    assert sources.ensure(tmp_path, "Google") == "Google"
+    assert len(list((tmp_path / "image" / "Google").glob("*.png"))) == 5
+    assert sources.ensure(tmp_path, "OpenMoji") == "OpenMoji"
+    assert calls == [(), (), ("OpenMoji",)]
+
+
+def test_the_stand_in_is_remembered(few, tmp_path, monkeypatch):
+    def refuse():
+        raise PackageError("npm is missing")
+
+    monkeypatch.setattr(sources, "google", refuse)
+    assert sources.ensure(tmp_path, "Google") == "OpenMoji"
+    monkeypatch.setattr(sources, "prepare", lambda *_: pytest.fail("prepared again"))
+    assert sources.ensure(tmp_path, "Google") == "OpenMoji"
+
+
+def test_data_of_ones_own_is_not_prepared(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "prepare", lambda *_: pytest.fail("prepared"))
+    (tmp_path / dataset.CSV).write_text("#,name\n1,x\n", encoding="utf-8")
+    assert [sources.ensure(tmp_path, vendor) for vendor in ("Google", "photos")] == ["Google", "photos"]
 
 
 def test_somebody_elses_csv_is_left_alone(few, tmp_path):

@@ -27,6 +27,7 @@ def trained(tiny, tmp_path_factory):
     ema = jax.tree.map(lambda w: np.asarray(0.1 * random.normal(size=w.shape), np.float32), state.ema)
     path = tmp_path_factory.mktemp("models") / "final"
     about = {"config": tiny.to_json(), "encoder": encoder.identity, "step": 1, "prompts": ["red disc", "blue disc"]}
+    about["schedule"] = {"name": "cosine", "T": tiny.T}
     checkpoint.save(path, ema=ema, train={"step": state.step}, about=json.loads(json.dumps(about)))
     return path
 
@@ -76,23 +77,27 @@ def test_another_guidance_seed_or_prompt_compiles_nothing(drawer):
     assert drawer._draw._cache_size() == compiled
 
 
-def test_drawing_is_ddim_over_guided_and_thresholded_estimates(drawer, trained, tiny):
-    """The pipeline against its parts, put together by hand for one picture."""
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+def test_drawing_is_ddim_over_guided_and_thresholded_estimates(drawer, tiny, prediction):
+    """The drawing function against its parts, put together by hand for one picture."""
     text, mask = map(jnp.asarray, drawer.encoder(["red disc", ""], tiny.TEXT_LEN))
     graphdef = training.structure(tiny, drawer.encoder.dim)
     model = pipelines.nnx.merge(graphdef, pipelines.nnx.State(drawer.weights))
     schedule = schedules.cosine(tiny.T)
+    convert = {"eps": schedules.denoised_from_eps, "v": schedules.denoised_from_v, "x0": lambda s, x, out, t: out}
 
     @jax.jit
-    def draw(noise):
+    def by_hand(noise):
         def denoise(noisy, t):
-            eps = [model(noisy, t, text[i : i + 1], mask[i : i + 1]) for i in (0, 1)]
-            return threshold(schedules.denoised_from_eps(schedule, noisy, guide(*eps, jnp.float32(3)), t))
+            both = [model(noisy, t, text[i : i + 1], mask[i : i + 1]) for i in (0, 1)]
+            return threshold(convert[prediction](schedule, noisy, guide(*both, jnp.float32(3)), t))
 
         return ddim(denoise, schedule, noise, trailing(tiny.T, 5))
 
-    expected = draw(jax.random.normal(jax.random.key(9), (1, tiny.H, tiny.W, 3)))
-    drawn = drawer.generate_arrays(["red disc"], c=3, steps=5, seeds=[9])
+    expected = by_hand(jax.random.normal(jax.random.key(9), (1, tiny.H, tiny.W, 3)))
+    draw = pipelines.build_draw(dataclasses.replace(tiny, prediction=prediction), graphdef)
+    null, seed = (text[1], mask[1]), np.array([9], np.int32)
+    drawn = draw(drawer.weights, seed, text[:1], mask[:1], null, 3.0, steps=5, guided=True)
     np.testing.assert_allclose(drawn.astype(float) / 127.5 - 1, expected, atol=0.02)
 
 
@@ -150,11 +155,13 @@ def test_a_half_written_checkpoint_is_refused(trained, tmp_path):
 @failing_reads
 def test_a_checkpoint_of_another_encoder_or_configuration_is_refused(trained, tiny, tmp_path):
     other = copy(trained, tmp_path, encoder={"name": tiny.encoder, "sha256": "0" * 64})
-    with pytest.raises(checkpoint.CheckpointError, match="trained with the weights 000000000000"):
+    with pytest.raises(checkpoint.CheckpointError, match="trained with the files 000000000000"):
         DiffusionPipeline(other)
     wider = dataclasses.replace(tiny, BASE_DIM=16).to_json()
     with pytest.raises(checkpoint.CheckpointError, match="copy/ema cannot be read"):
         DiffusionPipeline(copy(trained, tmp_path, config=wider))
+    with pytest.raises(checkpoint.CheckpointError, match=r"schedule .*linear.*only 'cosine' is known"):
+        DiffusionPipeline(copy(trained, tmp_path, schedule={"name": "linear", "T": 50}))
     with pytest.raises(checkpoint.CheckpointError, match="unknown fields"):
         DiffusionPipeline(copy(trained, tmp_path, config={**tiny.to_json(), "colour": 1}))
 
@@ -181,8 +188,25 @@ def test_a_checkpoint_is_replaced_only_by_a_whole_one(trained, tmp_path, monkeyp
     assert DiffusionPipeline(path).config == DiffusionPipeline(trained).config
 
 
-def test_the_newest_checkpoint_has_trained_longest(trained, tmp_path):
+def small(path, step):
+    checkpoint.save(path, ema={"w": np.ones(1)}, train={"step": np.int32(step)}, about={"step": step})
+
+
+def test_the_newest_checkpoint_is_the_readable_one_that_has_trained_longest(tmp_path, capsys):
     assert checkpoint.newest(tmp_path) is None
-    for name, step in (("epoch9", 90), ("epoch10", 100), ("stopped", 95), (".epoch11.new", 110)):
-        checkpoint.save(tmp_path / name, ema={"w": np.ones(1)}, train={"step": np.int32(step)}, about={"step": step})
+    for name, step in (("epoch9", 90), ("epoch10", 100), ("stopped", 95), ("epoch11.copy", 110), ("epoch12", 120)):
+        small(tmp_path / name, step)
+    (tmp_path / "epoch12" / "about" / "metadata").write_text("{")
     assert checkpoint.newest(tmp_path).name == "epoch10"
+    assert "passed over: " in capsys.readouterr().out
+
+
+def test_a_replacement_cut_off_between_its_renames_loses_nothing(tmp_path):
+    small(tmp_path / "final", 1)
+    (tmp_path / "final").rename(tmp_path / ".final.old")
+    assert checkpoint.about(tmp_path / "final") == {"step": 1}
+    (tmp_path / "final").rename(tmp_path / ".final.old")
+    assert checkpoint.newest(tmp_path) == tmp_path / "final"
+    small(tmp_path / "final", 2)
+    assert checkpoint.about(tmp_path / "final") == {"step": 2}
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]

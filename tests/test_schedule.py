@@ -73,3 +73,12 @@ def test_conversions_recover_what_was_mixed(seed):
     np.testing.assert_allclose(
         schedules.denoised_from_v(schedule, noisy, alpha * noise - sigma * image, t), image, **close
     )
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+def test_the_right_prediction_gives_back_the_image(prediction):
+    schedule, image, noise, t, noisy = mixture(100)
+    right = schedules.target(schedule, image, noise, t, prediction)
+    np.testing.assert_allclose(
+        schedules.denoised_from(schedule, noisy, right, t, prediction), image, rtol=1e-3, atol=1e-2
+    )

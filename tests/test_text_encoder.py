@@ -1,6 +1,5 @@
 """The BERT against published similarities and another implementation, and what the trainer relies on."""
 
-import hashlib
 import json
 import subprocess
 import sys
@@ -185,10 +184,14 @@ def test_length_out_of_range(minilm, length):
 # Which weights these are, and where they come from.
 
 
-def test_identity(tiny):
-    encoder = TextEncoder(str(tiny))
-    digest = hashlib.sha256((tiny / "model.safetensors").read_bytes()).hexdigest()
-    assert json.loads(json.dumps(encoder.identity)) == {"name": str(tiny), "sha256": digest}
+def test_identity_is_of_weights_configuration_and_tokenizer(tiny):
+    seen = [TextEncoder(str(tiny)).identity]
+    assert json.loads(json.dumps(seen[0])) == {"name": str(tiny), "sha256": seen[0]["sha256"]}
+    assert TextEncoder(str(tiny)).identity == seen[0]
+    for file in ("config.json", "tokenizer.json"):
+        (tiny / file).write_text((tiny / file).read_text() + "\n")
+        seen.append(TextEncoder(str(tiny)).identity)
+    assert len({identity["sha256"] for identity in seen}) == 3
 
 
 def test_vocab_txt_is_enough(minilm, tmp_path):

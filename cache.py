@@ -1,0 +1,28 @@
+"""Arrays that take a while to make and can be made again: kept in .cache under a hash of all that they depend on."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from contextlib import suppress
+
+import numpy as np
+
+import packages
+
+
+def cached(kind: str, recipe: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """What `make` returns, from the disk where it was made before under the same `recipe`.
+
+    A file that cannot be read is made again, one that cannot be written is made again next time: no cache is an error.
+    """
+    file = packages.CACHE / kind / f"{hashlib.sha256(recipe.encode()).hexdigest()}.npz"
+    with suppress(Exception), np.load(file) as saved:  # a damaged archive raises nearly anything
+        return {name: saved[name] for name in saved.files}
+    arrays = make()
+    beside = file.with_name(f".{file.stem}.{os.getpid()}.part")
+    with suppress(OSError):  # a full or read-only disk costs only time
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("wb") as stream:
+            np.savez(stream, **arrays)
+        beside.replace(file)
+    return arrays
