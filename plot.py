@@ -48,7 +48,12 @@ def plot(options: Options) -> None:
         (drawn,) = curves.plot(seen[width - 1 :], smooth, label=run.name)
         curves.plot(seen, loss, color=drawn.get_color(), alpha=0.2)
         last = [line["loss_per_level"] for line in lines[-max(1, len(lines) // 10) :]]
-        levels.plot(range(1, len(last[0]) + 1), np.nanmean(np.array(last, float), axis=0), marker="o", markersize=3)
+        levels.plot(
+            range(1, len(last[0]) + 1),
+            np.ma.masked_invalid(np.array(last, float)).mean(axis=0),
+            marker="o",
+            markersize=3,
+        )
     curves.set(xlabel="pictures seen, thousands", ylabel="training loss", yscale="log")
     levels.set(xlabel="noise level, tenths of T", yscale="log", xticks=(1, 5, 10))
     curves.legend(frameon=False)

@@ -69,7 +69,6 @@ def test_bytes_survive_the_way_to_floats_and_back():
 
 def test_captions_are_encoded_once_and_for_one_encoder_only(tmp_path, monkeypatch):
     monkeypatch.setattr(packages, "CACHE", tmp_path)
-    monkeypatch.setattr(dataloader, "CACHE", tmp_path)
 
     class Counting(TextEncoder):
         calls = 0
