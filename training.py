@@ -73,7 +73,8 @@ def initial(config: Params, text_dim: int, key: Key[Array, ""]) -> TrainState:
     """The state that training starts from: random weights, an average equal to them, an optimizer at rest."""
     weights = nnx.to_pure_dict(nnx.state(UNet(config, text_dim, nnx.Rngs(key))))
     optimizer = build_optimizer(config).init(weights)
-    return TrainState(weights, weights, optimizer, jnp.zeros((), jnp.int32), no_records())
+    ema = jax.tree.map(jnp.copy, weights)  # buffers of its own, for both are donated
+    return TrainState(weights, ema, optimizer, jnp.zeros((), jnp.int32), no_records())
 
 
 def init(config: Params, text_dim: int, key: Key[Array, ""]) -> TrainState:

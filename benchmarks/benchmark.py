@@ -2,13 +2,17 @@
 
 In one run: the float32 matrix-product rate (the ceiling), the training step and its share of that ceiling, the data
 path alone and its share of the step, drawing one picture. Rounds of all of them alternate and medians are reported, so
-that a machine whose speed drifts bends no ratio. FLOPs are those of matrix products and convolutions as XLA counts
-them in the forward pass, times three for a training step.
+that a machine whose speed drifts bends no ratio. FLOPs are those of the forward pass as XLA counts them, times three
+for a training step. Then whole processes: `train.py --help`, and where there is a checkpoint in models_vA0/final,
+`test.py` with no program compiled yet and with all of them on disk.
 """
 
 import json
+import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -25,6 +29,7 @@ import training
 from params import PRESETS
 from pipeline import build_draw
 
+ROOT = Path(__file__).resolve().parent.parent
 ROUNDS = 7
 TEXT_DIM = 384
 
@@ -35,9 +40,31 @@ def seconds(function, *args) -> float:
     return time.perf_counter() - start
 
 
+def process(*words: str, **environment: str) -> float:
+    """Seconds from the start of a script of this project to its end."""
+    start = time.perf_counter()
+    command = [sys.executable, str(ROOT / words[0]), *words[1:]]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - start
+
+
+def processes() -> dict[str, float]:
+    """Medians of five `--help`s, and one cold and three warm runs of test.py."""
+    result = {"help_seconds": statistics.median(process("train.py", "--help") for _ in range(5))}
+    if (ROOT / "models_vA0" / "final").is_dir():
+        with tempfile.TemporaryDirectory() as folder:
+            own = {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+            draw = ("test.py", "--output", f"{folder}/pictures")
+            result["test_cold_seconds"] = process(*draw, **own)
+            result["test_warm_seconds"] = statistics.median(process(*draw, **own) for _ in range(3))
+    return result
+
+
 def main() -> None:
     device.reserve_memory()
     name = sys.argv[1] if len(sys.argv) > 1 else "quick"
+    if name in ("-h", "--help"):
+        sys.exit(__doc__)
     if name not in PRESETS:
         sys.exit(f"no preset {name!r} (presets: {', '.join(PRESETS)})")
     config = PRESETS[name]
@@ -112,6 +139,7 @@ def main() -> None:
         "data_share_of_step": median["batch"] / median["step"],
         "draw_25_steps_guided_seconds": median["draw"],
         "compile_seconds": compile_seconds,
+        **processes(),
     }
     for label, value in result.items():
         print(f"{label:32}{value:10.4g}" if isinstance(value, float) else f"{label:32}{value:>10}")
