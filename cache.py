@@ -1,13 +1,13 @@
 """Arrays that take a while to make and can be made again: kept in .cache under a hash of all that they depend on."""
 
 import hashlib
-import os
 from collections.abc import Callable
 from contextlib import suppress
 
 import numpy as np
 
 import packages
+from files import replacing
 
 
 def cached(kind: str, recipe: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -19,10 +19,6 @@ def cached(kind: str, recipe: str, make: Callable[[], dict[str, np.ndarray]]) ->
     with suppress(Exception), np.load(file) as saved:  # a damaged archive raises nearly anything
         return {name: saved[name] for name in saved.files}
     arrays = make()
-    beside = file.with_name(f".{file.stem}.{os.getpid()}.part")
-    with suppress(OSError):  # a full or read-only disk costs only time
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("wb") as stream:
-            np.savez(stream, **arrays)
-        beside.replace(file)
+    with suppress(OSError), replacing(file) as beside, beside.open("wb") as stream:  # a full disk costs only time
+        np.savez(stream, **arrays)
     return arrays

@@ -27,6 +27,7 @@ import pandas as pd
 from PIL import Image, ImageOps
 
 from cache import cached
+from params import Params
 
 CSV, MISSING = "full_emoji.csv", "there is no such file"
 COLUMNS = ("#", "name", "keywords", "split")
@@ -122,6 +123,13 @@ def load(
             f"{root}: all {len(kept)} pictures are held out, none is left to train on; mend the column split of {CSV}"
         )
     return _pictures(kept, np.stack(images), faults)
+
+
+def of(config: Params, root: Path | None = None) -> Pictures:
+    """The pictures that a configuration names; `root` where the dataset has moved. Raises as `load`."""
+    size = {"height": config.H, "width": config.W, "channels": config.CHANNELS}
+    where = root or Path(config.data)
+    return load(where, vendor=config.vendor, limit=config.MAX_INDEX, max_bad=config.max_bad, **size)
 
 
 def _pictures(rows: list[Row], images: np.ndarray, faults: list[Fault]) -> Pictures:

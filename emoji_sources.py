@@ -16,7 +16,6 @@ absent, and every picture carries the code points it shows, so that a second run
 import hashlib
 import io
 import json
-import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from dataset import CSV, DatasetError
+from files import replacing
 from grids import save_png
 from packages import Package, PackageError, fetch
 
@@ -231,7 +231,8 @@ def ensure(root: Path, vendor: str) -> str:
     if vendor not in VENDORS or (folder / WHOLE).exists():
         return vendor
     with suppress(OSError, ValueError):  # no CSV yet, or a damaged one: prepare says so
-        header = (root / CSV).read_text(encoding="utf-8").partition("\n")[0]
+        with (root / CSV).open(encoding="utf-8") as file:
+            header = file.readline()  # not more: the Kaggle file has megabytes of base64
         if header.strip() != ",".join(COLUMNS):
             return vendor
     if vendor != "Google":
@@ -300,16 +301,11 @@ def _appended(table: pd.DataFrame, emojis: list[str]) -> pd.DataFrame:
 
 
 def _write(table: pd.DataFrame, path: Path) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        table.to_csv(beside, index=False, encoding="utf-8")
-        beside.replace(path)
+        with replacing(path) as beside:
+            table.to_csv(beside, index=False, encoding="utf-8")
     except OSError as error:
         raise DatasetError(f"cannot write {path}: {error.strerror or error}; choose another with --data") from None
-    finally:
-        with suppress(OSError):
-            beside.unlink()
 
 
 def _shows(path: Path, points: str) -> bool:

@@ -50,10 +50,7 @@ def evaluate(options: Options) -> None:
         raise ValueError(f"--samples {options.samples}: at least 2 are needed")
     pipeline = DiffusionPipeline(options.checkpoint, options.encoder)
     config = pipeline.config
-    pictures = dataset.load(
-        options.data or Path(config.data), vendor=config.vendor, limit=config.MAX_INDEX, height=config.H,
-        width=config.W, channels=config.CHANNELS, max_bad=config.max_bad,
-    )  # fmt: skip
+    pictures = dataset.of(config, options.data)
     if pictures.fingerprint != pipeline.about["dataset"]["fingerprint"]:
         print("note: the pictures are not those that the checkpoint was trained on")
     training = np.flatnonzero(~pictures.heldout)

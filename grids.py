@@ -4,15 +4,15 @@ A grid is `columns` cells wide. Each cell shows one picture, enlarged or reduced
 in quiet grey on at most two lines below. Transparency is shown as everywhere else: over a light checkerboard.
 """
 
-import os
 import unicodedata
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
+
+from files import replacing
 
 GREY, SQUARES = (110, 110, 115), ((255, 255, 255), (245, 245, 247))  # the captions, the checkerboard
 
@@ -102,13 +102,8 @@ def save_png(image: Image.Image | np.ndarray, path: Path, metadata: dict | None 
     notes = PngInfo()
     for name, value in (metadata or {}).items():
         notes.add_text(str(name), str(value))
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(beside, format="PNG", pnginfo=notes)
-        beside.replace(path)
+        with replacing(path) as beside:
+            picture.save(beside, format="PNG", pnginfo=notes)
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror or error}; choose another folder") from error
-    finally:
-        with suppress(OSError):
-            beside.unlink()

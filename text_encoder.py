@@ -207,7 +207,7 @@ class TextEncoder:
             if not (self.folder / file).is_file():
                 raise EncoderError(f"text encoder {name!r}: {self.folder} has no {file}.{WAYS}")
         file = self.folder / "model.safetensors"
-        if name == MINILM and (found := _sha256(file)) != MINILM_SHA256:
+        if name == MINILM and (found := self._weights_sha256) != MINILM_SHA256:
             raise EncoderError(f"{file} is not the pinned one: its SHA-256 is {found}, expected {MINILM_SHA256}")
         config = read_config(self.folder)
         self._tokenizer = read_tokenizer(self.folder)
@@ -220,10 +220,14 @@ class TextEncoder:
             raise EncoderError(f"{self.folder}: tokenizer and model do not belong together, {many}")
 
     @functools.cached_property
+    def _weights_sha256(self) -> str:
+        return _sha256(self.folder / FILES[0])
+
+    @functools.cached_property
     def identity(self) -> dict[str, str]:
         """What a checkpoint records, to notice at sampling that it was trained with other weights or words."""
-        files = [file for file in (self.folder / name for name in FILES[:4]) if file.is_file()]
-        together = hashlib.sha256("".join(map(_sha256, files)).encode()).hexdigest()
+        others = [file for file in (self.folder / name for name in FILES[1:4]) if file.is_file()]
+        together = hashlib.sha256("".join([self._weights_sha256, *map(_sha256, others)]).encode()).hexdigest()
         return {"name": self.name, "sha256": together}
 
     def tokenize(self, texts: list[str], length: int) -> tuple[Int32[np.ndarray, "b l"], Bool[np.ndarray, "b l"]]:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from files import replacing
+
 
 class MetricsLog:
     """Appends to a metrics.jsonl; lines past `step`, of a run that was cut off, are dropped first."""
@@ -16,9 +18,8 @@ class MetricsLog:
             for line in path.read_text().splitlines():
                 with suppress(json.JSONDecodeError):  # a line that was cut off
                     kept += [line] if json.loads(line)["step"] <= step else []
-        beside = path.with_suffix(".new")
-        beside.write_text("".join(f"{line}\n" for line in kept))
-        beside.replace(path)
+        with replacing(path) as beside:
+            beside.write_text("".join(f"{line}\n" for line in kept))
         self.path, self.pictures, self.B = path, pictures, B
         self.step, self.since = step, time.perf_counter()
 

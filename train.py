@@ -121,10 +121,7 @@ def run(options: Options) -> None:
         config = dataclasses.replace(config, vendor=emoji_sources.ensure(root, config.vendor))
     if Path(config.encoder).expanduser().is_dir():  # drawing may start from another folder
         config = dataclasses.replace(config, encoder=str(Path(config.encoder).expanduser().resolve()))
-    pictures = dataset.load(
-        root, vendor=config.vendor, limit=config.MAX_INDEX, height=config.H, width=config.W,
-        channels=config.CHANNELS, max_bad=config.max_bad,
-    )  # fmt: skip
+    pictures = dataset.of(config)
     for fault in pictures.faults[:5]:
         print(f"skipped: {fault.where}: {fault.what}")
     if len(pictures.faults) > 5:
