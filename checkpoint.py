@@ -1,8 +1,8 @@
 """Checkpoints: everything that training goes on from and drawing needs, in one folder.
 
-    models_vA0/epoch10/   ema     the averaged weights, all that drawing reads
-                          train   weights, optimizer state, step
-                          about   JSON: configuration, encoder, schedule, dataset, prompts, epoch, step
+    models_vA0/epoch10/   ema_short, ema_long   averaged weights; drawing reads one of them
+                          train                 weights, optimizer state, step
+                          about                 JSON: configuration, encoder, schedule, dataset, prompts, epoch, step
 
 Weights are plain nested dicts of arrays, so that no file depends on the classes that made it. A checkpoint is written
 beside its place and renamed when whole: what has a name is complete.
@@ -15,25 +15,23 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
-ITEMS = ("ema", "train", "about")
+ITEMS = ("ema_short", "ema_long", "train", "about")
 
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, incomplete or does not fit; the message names the folder and what to do."""
 
 
-def save(path: Path, *, ema: dict, train: dict, about: dict) -> None:
-    """Write a checkpoint folder; an older one of that name is replaced only by a complete one."""
+def save(path: Path, items: dict[str, dict], about: dict) -> None:
+    """Write a folder of trees of arrays and one JSON; an older one of that name gives way only to a complete one."""
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     _recover(path)
     new, old = _beside(path)
     shutil.rmtree(new, ignore_errors=True)
-    items = ocp.args.Composite(
-        ema=ocp.args.StandardSave(ema), train=ocp.args.StandardSave(train), about=ocp.args.JsonSave(about)
-    )
+    saves = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
-        writer.save(new, args=items)
+        writer.save(new, args=ocp.args.Composite(about=ocp.args.JsonSave(about), **saves))
     if path.exists():
         path.rename(old)
     new.rename(path)
@@ -55,14 +53,14 @@ def _recover(path: Path) -> None:
 
 def about(path: Path) -> dict:
     """The JSON part of a checkpoint."""
-    return _read(path, "about", ocp.args.JsonRestore())
+    return _read(path, {"about": ocp.args.JsonRestore()})["about"]
 
 
-def restore(path: Path, item: str, like):
-    """One item ("ema" or "train") of a checkpoint, in the structure, shapes and dtypes of `like`."""
+def restore(path: Path, like: dict[str, dict]) -> dict[str, dict]:
+    """The items of a checkpoint that `like` names, in its structure, shapes and dtypes."""
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), like)
-    return _read(path, item, ocp.args.StandardRestore(abstract))
+    return _read(path, {item: ocp.args.StandardRestore(tree) for item, tree in abstract.items()})
 
 
 def newest(folder: Path) -> Path | None:
@@ -79,7 +77,7 @@ def newest(folder: Path) -> Path | None:
     return max(steps, key=steps.get, default=None)
 
 
-def _read(path: Path, item: str, args):
+def _read(path: Path, items: dict) -> dict:
     path = path.resolve()
     _recover(path)
     if not path.is_dir():
@@ -91,8 +89,9 @@ def _read(path: Path, item: str, args):
         raise CheckpointError(f"{path} is not a whole checkpoint: it lacks {', '.join(missing)}; take another one")
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-            return reader.restore(path, args=ocp.args.Composite(**{item: args}))[item]
+            read = reader.restore(path, args=ocp.args.Composite(**items))
+            return {item: read[item] for item in items}
     except Exception as error:  # Orbax and TensorStore raise a dozen kinds for a damaged or unlike file
         raise CheckpointError(
-            f"{path / item} cannot be read: {str(error).splitlines()[0]}; take another one"
+            f"{path}: {', '.join(items)} cannot be read: {str(error).splitlines()[0]}; take another one"
         ) from error

@@ -26,11 +26,13 @@ RANGES = {  # lowest and highest allowed value
     "HEAD_DIM": (1, 1024),
     "B": (1, 65_536),
     "epochs": (1, 1_000_000),
+    "minutes": (0.0, 1_000_000.0),
     "learning_rate": (0.0, 1.0),
     "warmup": (0, 1_000_000),
     "weight_decay": (0.0, 1.0),
     "clip": (1e-6, 1e6),
-    "ema": (0.0, 1.0),
+    "ema_short": (0.0, 1.0),
+    "ema_long": (0.0, 1.0),
     "seed": (0, 2**31 - 1),
     "log_every": (1, 1_000_000),
     "sample_every": (1, 1_000_000),
@@ -72,11 +74,13 @@ class Params:
     # Training
     B: int = 64  # batch size, pictures
     epochs: int = 2000  # passes over the pictures
+    minutes: float = 0.0  # end after so much time in training steps, if that comes first (0: no limit)
     learning_rate: float = 2e-4  # AdamW, after warm-up
     warmup: int = 500  # steps of linear warm-up
     weight_decay: float = 0.01  # AdamW
     clip: float = 1.0  # largest norm of a gradient
-    ema: float = 0.9995  # decay per step of the averaged weights that draw
+    ema_short: float = 0.9995  # decay per step of the averaged weights that draw unless told otherwise
+    ema_long: float = 0.9999  # decay per step of a second, longer average
     seed: int = 0  # of the initial weights, the order of the data, the noise
 
     # Records
@@ -93,6 +97,8 @@ class Params:
             raise ValueError(f"CHANNELS = {self.CHANNELS}: allowed are 1 (grey), 3 (colour), 4 (with transparency)")
         if self.prediction not in ("eps", "v", "x0"):
             raise ValueError(f"prediction = {self.prediction!r}: allowed are 'eps', 'v' and 'x0'")
+        if self.ema_long < self.ema_short:
+            raise ValueError(f"ema_long = {self.ema_long}: allowed are values from ema_short = {self.ema_short} up")
         if not self.DIM_MULTS or min(self.DIM_MULTS) < 1:
             raise ValueError(f"DIM_MULTS = {self.DIM_MULTS}: allowed are one or more whole numbers from 1 up")
         if self.T_dim % 2:
@@ -130,14 +136,14 @@ class Params:
 
 _cpu = Params(
     H=32, W=32, PATCH=2, BASE_DIM=96, DIM_MULTS=(1, 2), self_attention=(1,), cross_attention=(1,), prediction="v",
-    encoder="sentence-transformers/all-MiniLM-L6-v2", B=8, learning_rate=4e-4, ema=0.999, epochs=100,
-    sample_every=10, save_every=25,
+    encoder="sentence-transformers/all-MiniLM-L6-v2", B=8, learning_rate=4e-4, ema_short=0.999, ema_long=0.9997,
+    epochs=100, sample_every=10, save_every=25,
 )  # fmt: skip
 
 PRESETS = {
     "quick": dataclasses.replace(
-        _cpu, MAX_INDEX=64, BLOCKS=1, learning_rate=6e-4, warmup=100, ema=0.995, epochs=200,
-        sample_every=50, save_every=100,
+        _cpu, MAX_INDEX=64, BLOCKS=1, learning_rate=6e-4, warmup=100, ema_short=0.995, ema_long=0.998,
+        epochs=200, sample_every=50, save_every=100,
     ),
     "cpu": _cpu,
     "emoji64": Params(prediction="v"),

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -81,8 +82,18 @@ class DiffusionPipeline:
     encoder cannot be had; ValueError for a prompt, guidance, steps, seed or size that cannot be drawn.
     """
 
-    def __init__(self, checkpoint: str | Path = "models_vA0/final", encoder: str | None = None):
-        """encoder: where the text encoder is, if no longer under the name that the checkpoint was trained with."""
+    def __init__(
+        self,
+        checkpoint: str | Path = "models_vA0/final",
+        encoder: str | None = None,
+        *,
+        ema: Literal["short", "long"] = "short",
+    ):
+        """encoder: where the text encoder is, if no longer under the name that the checkpoint was trained with.
+        ema: which of the two averages of the weights draws.
+        """
+        if ema not in ("short", "long"):
+            raise ValueError(f"ema = {ema!r}: allowed are 'short' and 'long'")
         device.keep_compiled()
         path = Path(checkpoint)
         self.about = checkpoints.about(path)
@@ -100,7 +111,7 @@ class DiffusionPipeline:
                 "bring the encoder that it was trained with"
             )
         graphdef, like = nnx.split(nnx.eval_shape(lambda: UNet(self.config, self.encoder.dim, nnx.Rngs(0))))
-        self.weights = checkpoints.restore(path, "ema", nnx.to_pure_dict(like))
+        self.weights = checkpoints.restore(path, {f"ema_{ema}": nnx.to_pure_dict(like)})[f"ema_{ema}"]
         if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(self.weights)):
             raise checkpoints.CheckpointError(
                 f"{path}: the weights hold non-finite numbers; take an earlier checkpoint"

@@ -12,7 +12,7 @@ from files import replacing
 class MetricsLog:
     """Appends to a metrics.jsonl; lines past `step`, of a run that was cut off, are dropped first."""
 
-    def __init__(self, path: Path, step: int, pictures: int, B: int):
+    def __init__(self, path: Path, step: int, seconds: float, *, pictures: int, B: int):
         kept = []
         if step and path.exists():
             for line in path.read_text().splitlines():
@@ -22,6 +22,12 @@ class MetricsLog:
             beside.write_text("".join(f"{line}\n" for line in kept))
         self.path, self.pictures, self.B = path, pictures, B
         self.step, self.since = step, time.perf_counter()
+        self.began = self.since - seconds
+
+    @property
+    def seconds(self) -> float:
+        """Time in training steps since the run began, resumptions included, pauses not."""
+        return time.perf_counter() - self.began
 
     def write(self, step: int, records) -> dict:
         """Add a line for the steps since the last one, from their training.Records on the host; returns it."""
@@ -29,6 +35,7 @@ class MetricsLog:
             "step": step,
             "images": step * self.B,
             "epoch": step * self.B / self.pictures,
+            "seconds": self.seconds,
             "loss": float(records.loss.sum() / records.count.sum()),
             "loss_per_level": [
                 float(loss / count) if count else None for loss, count in zip(records.loss, records.count, strict=True)
@@ -46,4 +53,6 @@ class MetricsLog:
         """Time that does not count as training."""
         start = time.perf_counter()
         yield
-        self.since += time.perf_counter() - start
+        paused = time.perf_counter() - start
+        self.since += paused
+        self.began += paused

@@ -23,7 +23,8 @@ import device
 from params import PRESETS, Params
 
 MAY_CHANGE = {  # between a run and its resumption
-    "data", "max_bad", "epochs", "learning_rate", "clip", "weight_decay", "log_every", "sample_every", "save_every",
+    "data", "max_bad", "epochs", "minutes", "learning_rate", "clip", "weight_decay", "log_every", "sample_every",
+    "save_every",
 }  # fmt: skip
 SAMPLES = 12  # pictures in a grid
 
@@ -148,16 +149,18 @@ def run(options: Options) -> None:
         "schedule": {"name": schedule.NAME, "T": config.T},
         "dataset": {"fingerprint": pictures.fingerprint, "pictures": len(captions)},
         "prompts": example_prompts(captions, heldout_captions),
+        "seconds": 0.0,
     }
     if newest is not None:
-        same_run(newest, checkpoint.about(newest), about)
-        saved = checkpoint.restore(newest, "train", training.resumable(state))
-        state = state._replace(**saved, ema=checkpoint.restore(newest, "ema", state.ema))
+        earlier = checkpoint.about(newest)
+        same_run(newest, earlier, about)
+        about["seconds"] = earlier["seconds"]
+        state = training.resumed(state, checkpoint.restore(newest, training.resumable(state)))
         print(f"resumed from {newest}, step {int(state.step)}")
 
     def save(name: str) -> Path:
-        now = {**about, "epoch": step * config.B / len(captions), "step": step}
-        checkpoint.save(output / name, ema=state.ema, train=training.resumable(state), about=now)
+        now = {**about, "epoch": step * config.B / len(captions), "step": step, "seconds": log.seconds}
+        checkpoint.save(output / name, training.resumable(state), about=now)
         return output / name
 
     # Samples: the same prompts and seeds every time, drawn by the averaged weights.
@@ -168,7 +171,7 @@ def run(options: Options) -> None:
     def sample(name: str) -> Path:
         seeds = np.arange(len(prompts), dtype=np.int32)
         null = (data.null_emb, data.null_mask)
-        images = draw(state.ema, seeds, text_emb, text_mask, null, 7.0, steps=min(STEPS, config.T), guided=True)
+        images = draw(state.ema.short, seeds, text_emb, text_mask, null, 7.0, steps=min(STEPS, config.T), guided=True)
         path = grids / f"{name}.png"
         save_png(captioned_grid(np.asarray(images), prompts, columns=6, cell=96), path, None)
         return path
@@ -179,20 +182,22 @@ def run(options: Options) -> None:
     steps = -(-config.epochs * len(captions) // config.B)
     stop = stop_signal()
     in_flight = deque()  # at most two steps are queued, so that the clock is honest and Ctrl-C answers at once
-    log = MetricsLog(output / "metrics.jsonl", step, len(captions), config.B)
+    log = MetricsLog(output / "metrics.jsonl", step, about["seconds"], pictures=len(captions), B=config.B)
     bar = tqdm(total=steps * config.B, initial=step * config.B, unit="img", smoothing=0.05, disable=None)
-    while step < steps and not stop:
+    out_of_time = 0 < config.minutes * 60 <= log.seconds
+    while step < steps and not stop and not out_of_time:
         state, loss = train_step(state, data, keys)
         step += 1
         in_flight.append(loss)
         if len(in_flight) > 2:
             in_flight.popleft().block_until_ready()
         bar.update(config.B)
+        out_of_time = 0 < config.minutes * 60 <= log.seconds
 
         epoch, before = step * config.B // len(captions), (step - 1) * config.B // len(captions)
         sampling = epoch // config.sample_every > before // config.sample_every
         saving = epoch // config.save_every > before // config.save_every
-        if step % config.log_every == 0 or sampling or saving or step == steps or stop:
+        if step % config.log_every == 0 or sampling or saving or step == steps or stop or out_of_time:
             records, state = jax.device_get(state.records), state._replace(records=training.no_records())
             if records.skipped:
                 bar.close()
@@ -208,7 +213,7 @@ def run(options: Options) -> None:
                 bar.write(f"epoch {epoch}: loss {line['loss']:.4f}, {sample(f'epoch{epoch}')}")
     bar.close()
 
-    if step < steps:
+    if stop and step < steps:
         sys.exit(f"stopped at step {step} of {steps}; {save('stopped')} written. Go on: {again(resume=True)}")
     final, grid = save("final"), sample("final")
     print(f"{final} and {grid} written. Next: python test.py --checkpoint {final}")

@@ -2,8 +2,8 @@
 
 Each picture of a batch is diffused to its own random step t; the loss is the mean squared error of the predicted
 noise (Ho et al. 2020, Eq. 14), or of the velocity or the clean image where `prediction` says so. AdamW with linear
-warm-up and a clipped gradient norm takes the step; an exponential moving average of the weights, its length growing
-with the run, is what draws later. A step whose loss or gradient is not finite changes no weight and is counted.
+warm-up and a clipped gradient norm takes the step; two moving averages of the weights, their lengths growing
+with the run, are what draws later. A step whose loss or gradient is not finite changes no weight and is counted.
 """
 
 from collections.abc import Callable
@@ -41,17 +41,30 @@ class Records(NamedTuple):
     skipped: Int[Array, ""]  # steps that were not finite
 
 
+class Averages(NamedTuple):
+    """Two exponential moving averages of the weights, of different lengths."""
+
+    short: dict
+    long: dict
+
+
 class TrainState(NamedTuple):
     weights: dict
-    ema: dict
+    ema: Averages
     optimizer: Any
     step: Int[Array, ""]
     records: Records
 
 
 def resumable(state: TrainState) -> dict:
-    """What a checkpoint holds of a state beside the average, to go on training from."""
-    return {"weights": state.weights, "optimizer": state.optimizer, "step": state.step}
+    """What a checkpoint holds of a state, by item: each average by itself, as drawing needs no more than one."""
+    train = {"weights": state.weights, "optimizer": state.optimizer, "step": state.step}
+    return {"ema_short": state.ema.short, "ema_long": state.ema.long, "train": train}
+
+
+def resumed(state: TrainState, saved: dict) -> TrainState:
+    """`state` as the items of a checkpoint say that it was."""
+    return state._replace(ema=Averages(saved["ema_short"], saved["ema_long"]), **saved["train"])
 
 
 def no_records() -> Records:
@@ -70,10 +83,10 @@ def structure(config: Params, text_dim: int) -> nnx.GraphDef:
 
 
 def initial(config: Params, text_dim: int, key: Key[Array, ""]) -> TrainState:
-    """The state that training starts from: random weights, an average equal to them, an optimizer at rest."""
+    """The state that training starts from: random weights, averages equal to them, an optimizer at rest."""
     weights = nnx.to_pure_dict(nnx.state(UNet(config, text_dim, nnx.Rngs(key))))
     optimizer = build_optimizer(config).init(weights)
-    ema = jax.tree.map(jnp.copy, weights)  # buffers of its own, for both are donated
+    ema = Averages(*(jax.tree.map(jnp.copy, weights) for _ in Averages._fields))  # own buffers: all are donated
     return TrainState(weights, ema, optimizer, jnp.zeros((), jnp.int32), no_records())
 
 
@@ -102,6 +115,10 @@ def ema_decay(step: Int[Array, ""], longest: float) -> Float[Array, ""]:
     return jnp.minimum(longest, (1 + step) / (10 + step))
 
 
+def averaged(average: dict, weights: dict, decay: Float[Array, ""]) -> dict:
+    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, weights)
+
+
 def build_train_step(
     config: Params, graphdef: nnx.GraphDef
 ) -> Callable[[TrainState, Data, Keys], tuple[TrainState, Float[Array, ""]]]:
@@ -123,8 +140,10 @@ def build_train_step(
         (loss, (losses, t)), gradient = jax.value_and_grad(objective, has_aux=True)(state.weights)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.weights)
         weights = optax.apply_updates(state.weights, updates)
-        decay = ema_decay(state.step, config.ema)
-        ema = jax.tree.map(lambda average, new: decay * average + (1 - decay) * new, state.ema, weights)
+        ema = Averages(
+            short=averaged(state.ema.short, weights, ema_decay(state.step, config.ema_short)),
+            long=averaged(state.ema.long, weights, ema_decay(state.step, config.ema_long)),
+        )
 
         grad_norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)

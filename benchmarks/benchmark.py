@@ -98,7 +98,7 @@ def main() -> None:
 
     def draw_one() -> jax.Array:
         caption = (data.text_emb[:1], data.text_mask[:1])
-        return draw(state.ema, np.zeros(1, np.int32), *caption, null, 7.0, steps=25, guided=True)
+        return draw(state.ema.short, np.zeros(1, np.int32), *caption, null, 7.0, steps=25, guided=True)
 
     compile_seconds = seconds(lambda: step(state, data, keys))
     state = training.init(config, TEXT_DIM, jax.random.key(0))  # the call has taken the old one's buffers

@@ -24,11 +24,15 @@ def trained(tiny, tmp_path_factory):
     encoder = TextEncoder(tiny.encoder)
     state = training.init(tiny, encoder.dim, jax.random.key(0))
     random = np.random.default_rng(0)
-    ema = jax.tree.map(lambda w: np.asarray(0.1 * random.normal(size=w.shape), np.float32), state.ema)
+
+    def noise(weights):
+        return jax.tree.map(lambda w: np.asarray(0.1 * random.normal(size=w.shape), np.float32), weights)
+
     path = tmp_path_factory.mktemp("models") / "final"
     about = {"config": tiny.to_json(), "encoder": encoder.identity, "step": 1, "prompts": ["red disc", "blue disc"]}
     about["schedule"] = {"name": "cosine", "T": tiny.T}
-    checkpoint.save(path, ema=ema, train={"step": state.step}, about=json.loads(json.dumps(about)))
+    items = {"ema_short": noise(state.ema.short), "ema_long": noise(state.ema.long), "train": {"step": state.step}}
+    checkpoint.save(path, items, about=json.loads(json.dumps(about)))
     return path
 
 
@@ -128,7 +132,8 @@ failing_reads = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExcep
 def copy(trained, tmp_path, **changes):
     about = {**checkpoint.about(trained), **changes}
     like = jax.tree.map(np.asarray, DiffusionPipeline(trained).weights)
-    checkpoint.save(tmp_path / "copy", ema=like, train={"step": np.int32(1)}, about=about)
+    items = {"ema_short": like, "ema_long": like, "train": {"step": np.int32(1)}}
+    checkpoint.save(tmp_path / "copy", items, about=about)
     return tmp_path / "copy"
 
 
@@ -143,9 +148,9 @@ def test_no_checkpoint_says_what_there_is(trained, tmp_path):
 def test_a_half_written_checkpoint_is_refused(trained, tmp_path):
     half = copy(trained, tmp_path)
     for file in sorted(half.rglob("*"), reverse=True):
-        if "ema" in file.parts and file.is_file():
+        if "ema_short" in file.parts and file.is_file():
             file.unlink()
-    with pytest.raises(checkpoint.CheckpointError, match="copy/ema cannot be read"):
+    with pytest.raises(checkpoint.CheckpointError, match="copy: ema_short cannot be read"):
         DiffusionPipeline(half)
     (half / "about").rename(half / "gone")
     with pytest.raises(checkpoint.CheckpointError, match="lacks about"):
@@ -158,7 +163,7 @@ def test_a_checkpoint_of_another_encoder_or_configuration_is_refused(trained, ti
     with pytest.raises(checkpoint.CheckpointError, match="trained with the files 000000000000"):
         DiffusionPipeline(other)
     wider = dataclasses.replace(tiny, BASE_DIM=16).to_json()
-    with pytest.raises(checkpoint.CheckpointError, match="copy/ema cannot be read"):
+    with pytest.raises(checkpoint.CheckpointError, match="copy: ema_short cannot be read"):
         DiffusionPipeline(copy(trained, tmp_path, config=wider))
     with pytest.raises(checkpoint.CheckpointError, match=r"schedule .*linear.*only 'cosine' is known"):
         DiffusionPipeline(copy(trained, tmp_path, schedule={"name": "linear", "T": 50}))
@@ -169,8 +174,8 @@ def test_a_checkpoint_of_another_encoder_or_configuration_is_refused(trained, ti
 def test_weights_that_are_not_finite_draw_nothing(trained, tmp_path):
     path = copy(trained, tmp_path)
     broken = DiffusionPipeline(path)
-    ema = jax.tree.map(lambda w: np.full(w.shape, np.nan, np.float32), broken.weights)
-    checkpoint.save(path, ema=ema, train={"step": np.int32(1)}, about=broken.about)
+    nan = jax.tree.map(lambda w: np.full(w.shape, np.nan, np.float32), broken.weights)
+    checkpoint.save(path, {"ema_short": nan, "ema_long": nan, "train": {"step": np.int32(1)}}, about=broken.about)
     with pytest.raises(checkpoint.CheckpointError, match="non-finite"):
         DiffusionPipeline(path)
 
@@ -183,13 +188,14 @@ def test_a_checkpoint_is_replaced_only_by_a_whole_one(trained, tmp_path, monkeyp
 
     monkeypatch.setattr(checkpoint.ocp.Checkpointer, "save", fail)
     with pytest.raises(OSError, match="disk full"):
-        checkpoint.save(path, ema={}, train={}, about={})
+        checkpoint.save(path, {}, about={})
     monkeypatch.undo()
     assert DiffusionPipeline(path).config == DiffusionPipeline(trained).config
 
 
 def small(path, step):
-    checkpoint.save(path, ema={"w": np.ones(1)}, train={"step": np.int32(step)}, about={"step": step})
+    items = {"ema_short": {"w": np.ones(1)}, "ema_long": {"w": np.ones(1)}, "train": {"step": np.int32(step)}}
+    checkpoint.save(path, items, about={"step": step})
 
 
 def test_the_newest_checkpoint_is_the_readable_one_that_has_trained_longest(tmp_path, capsys):

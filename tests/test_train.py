@@ -64,9 +64,7 @@ def weights(path, tiny):
     import training
 
     state = training.init(tiny, 384, jax.random.key(1))
-    return checkpoint.restore(Path(path), "train", training.resumable(state)), checkpoint.restore(
-        Path(path), "ema", state.ema
-    )
+    return checkpoint.restore(Path(path), training.resumable(state))
 
 
 def test_from_nothing_to_pictures_and_on(call, tiny):
@@ -188,3 +186,11 @@ def test_help_needs_neither_jax_nor_pandas(script):
     code += "except SystemExit: print({'jax', 'pandas', 'flax', 'transformers', 'matplotlib'} & set(sys.modules))"
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert said.endswith("set()\n")
+
+
+def test_a_run_ends_when_its_minutes_are_over(call, tiny):
+    config = dataclasses.replace(tiny, epochs=100_000, minutes=0.02, sample_every=10_000, save_every=10_000)
+    assert "models_vA0/final and" in call(train, *flags(config))
+    about = checkpoint.about(Path("models_vA0/final"))
+    assert 1.2 <= about["seconds"] < 10
+    assert about["step"] == metrics()[-1]["step"] > 1

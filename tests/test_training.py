@@ -55,11 +55,9 @@ def test_stopping_and_going_on_equals_not_stopping(tiny, data, compiled, tmp_pat
     half = fresh(tiny)
     for _ in range(2):
         half, _ = compiled(half, data, KEYS)
-    train = training.resumable(half)
-    checkpoint.save(tmp_path / "epoch1", ema=half.ema, train=train, about={"step": 2})
-    other = fresh(tiny)
-    saved = checkpoint.restore(checkpoint.newest(tmp_path), "train", train)
-    resumed = other._replace(**saved, ema=checkpoint.restore(tmp_path / "epoch1", "ema", other.ema))
+    items = training.resumable(half)
+    checkpoint.save(tmp_path / "epoch1", items, about={"step": 2})
+    resumed = training.resumed(fresh(tiny), checkpoint.restore(checkpoint.newest(tmp_path), items))
     for _ in range(2):
         resumed, _ = compiled(resumed, data, KEYS)
     same(state._replace(records=()), resumed._replace(records=()))
