@@ -21,7 +21,7 @@ class Options:
     data: Path | None = None  # dataset, where it is no longer where the checkpoint was trained
     samples: int = 256  # pictures to draw
     c: float = 7.0  # guidance
-    steps: int | None = None  # of the sampler; 25 if nothing is said
+    steps: int | None = None  # of the sampler; 20 if nothing is said
     seed: int = 0  # the first picture's; each has the next one
 
 
@@ -45,6 +45,7 @@ def evaluate(options: Options) -> None:
     import dataset
     import metrics
     from pipeline import DiffusionPipeline
+    from sampling import Sampling
 
     if options.samples < 2:
         raise ValueError(f"--samples {options.samples}: at least 2 are needed")
@@ -62,7 +63,9 @@ def evaluate(options: Options) -> None:
         rows = own[start : start + 16]
         seeds = [options.seed + start + i for i in range(len(rows))]
         drawn.append(
-            pipeline.generate_arrays([names[row] for row in rows], c=options.c, steps=options.steps, seeds=seeds)
+            pipeline.generate_arrays(
+                [names[row] for row in rows], Sampling(options.c, steps=options.steps), seeds=seeds
+            )
         )
     distance = metrics.distances(np.concatenate(drawn), images)
     shuffled = np.random.default_rng(options.seed).permutation(own)

@@ -17,3 +17,14 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             beside.unlink()
+
+
+def writable(folder: Path) -> None:
+    """Make a folder, and raise OSError with its name if nothing can be written into it."""
+    probe = folder / f".probe{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"{folder} cannot be written ({error.strerror}); choose another folder") from error

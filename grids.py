@@ -107,3 +107,18 @@ def save_png(image: Image.Image | np.ndarray, path: Path, metadata: dict | None 
             picture.save(beside, format="PNG", pnginfo=notes)
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror or error}; choose another folder") from error
+
+
+def save_gif(images: Sequence[Image.Image], path: Path, *, cell: int, seconds: float = 0.12) -> None:
+    """Write an endless film of `images`, enlarged to fit `cell` pixels on white, that rests at its last picture."""
+    frames = []
+    for image in images:
+        shown = _fitted(image, cell)
+        frames.append(Image.new("RGB", (cell, cell), "white"))
+        frames[-1].paste(shown, ((cell - shown.width) // 2, (cell - shown.height) // 2))
+    times = [round(1000 * seconds)] * (len(frames) - 1) + [round(8000 * seconds)]
+    try:
+        with replacing(path) as beside:
+            frames[0].save(beside, format="GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}; choose another folder") from error

@@ -27,6 +27,10 @@ class Schedule(NamedTuple):
     sigma: Float[Array, "steps"]
 
     @property
+    def T(self) -> int:
+        return len(self.alpha) - 1
+
+    @property
     def log_snr(self) -> Float[Array, "steps"]:
         """log(alpha_bar / (1 - alpha_bar)), strictly decreasing in t; +inf at t = 0 (Kingma et al. 2021, Eq. 4)."""
         return 2 * (jnp.log(self.alpha) - jnp.log(self.sigma))

@@ -8,7 +8,6 @@ Missing pictures are prepared first. Checkpoints go to `models_vA0/epoch{N}` and
 import dataclasses
 import difflib
 import json
-import os
 import shlex
 import signal
 import sys
@@ -20,6 +19,7 @@ from typing import Annotated
 import tyro
 
 import device
+from files import writable
 from params import PRESETS, Params
 
 MAY_CHANGE = {  # between a run and its resumption
@@ -92,7 +92,6 @@ def main() -> None:
 def run(options: Options) -> None:
     # Data: pictures, captions and their embeddings, on the device.
     import jax
-    import numpy as np
     from tqdm import tqdm
 
     import checkpoint
@@ -102,7 +101,7 @@ def run(options: Options) -> None:
     import schedule
     import training
     from grids import captioned_grid, save_png
-    from pipeline import STEPS, build_draw
+    from pipeline import DiffusionPipeline
     from text_encoder import TextEncoder
     from tracking import MetricsLog
 
@@ -163,17 +162,12 @@ def run(options: Options) -> None:
         checkpoint.save(output / name, training.resumable(state), about=now)
         return output / name
 
-    # Samples: the same prompts and seeds every time, drawn by the averaged weights.
-    draw = build_draw(config, graphdef)
-    prompts = about["prompts"]
-    text_emb, text_mask = dataloader.encode(encoder, prompts, config.TEXT_LEN)
-
     def sample(name: str) -> Path:
-        seeds = np.arange(len(prompts), dtype=np.int32)
-        null = (data.null_emb, data.null_mask)
-        images = draw(state.ema.short, seeds, text_emb, text_mask, null, 7.0, steps=min(STEPS, config.T), guided=True)
+        """A grid of the same prompts from the same seeds every time, drawn by the averaged weights."""
+        prompts, seeds = about["prompts"], range(len(about["prompts"]))
+        images = DiffusionPipeline.of(config, encoder, graphdef, state.ema.short).generate_arrays(prompts, seeds=seeds)
         path = grids / f"{name}.png"
-        save_png(captioned_grid(np.asarray(images), prompts, columns=6, cell=96), path, None)
+        save_png(captioned_grid(images, prompts, columns=6, cell=96), path)
         return path
 
     # Training.
@@ -242,16 +236,6 @@ def stop_signal() -> list[int]:
     signal.signal(signal.SIGINT, handle)
     signal.signal(signal.SIGTERM, handle)
     return received
-
-
-def writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        sys.exit(f"--output {folder}: cannot be written ({error.strerror}); name another folder")
 
 
 def same_run(path: Path, saved: dict, now: dict) -> None:

@@ -101,8 +101,7 @@ def loss_per_picture(
 ) -> tuple[Float[Array, "b"], Int[Array, "b"]]:
     """Squared error of the prediction, mean over each picture, and the steps t they were diffused to."""
     t_key, noise_key = jax.random.split(key)
-    T = len(schedule.alpha) - 1
-    t = jax.random.randint(t_key, (len(batch.image),), 1, T + 1)
+    t = jax.random.randint(t_key, (len(batch.image),), 1, schedule.T + 1)
     noise = jax.random.normal(noise_key, batch.image.shape)
     noisy = schedules.add_noise(schedule, batch.image, noise, t)
     predicted = model(noisy, t, batch.text_emb, batch.text_mask)

@@ -67,6 +67,22 @@ def test_bytes_survive_the_way_to_floats_and_back():
     np.testing.assert_array_equal(dataloader.to_bytes(jnp.array([[[[-3.0], [3.0]]]])).ravel(), [0, 255])
 
 
+def test_transparent_bytes_survive_the_way_to_floats_and_back():
+    colour, alpha = jnp.meshgrid(jnp.arange(256), jnp.arange(256))
+    rgba = jnp.stack([colour, 255 - colour, colour // 2, alpha], axis=-1).astype(jnp.uint8)
+    floats = dataloader.to_float(rgba)
+    assert (floats[0] == -1).all()  # what is transparent has no colour
+    assert (floats[..., :3] <= floats[..., 3:] + 1e-6).all()
+    back = dataloader.to_bytes(floats)
+    np.testing.assert_array_equal(back[1:], rgba[1:])
+    assert (back[0] == jnp.array([[255, 255, 255, 0]])).all()
+
+
+def test_transparent_pictures_are_laid_on_white():
+    rgba = np.array([[[10, 20, 30, 255], [10, 20, 30, 0], [0, 100, 200, 51]]], np.uint8)
+    np.testing.assert_array_equal(dataloader.on_white(rgba), [[[10, 20, 30], [255, 255, 255], [204, 224, 244]]])
+
+
 def test_captions_are_encoded_once_and_for_one_encoder_only(tmp_path, monkeypatch):
     monkeypatch.setattr(packages, "CACHE", tmp_path)
 

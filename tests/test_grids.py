@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from grids import SQUARES, as_picture, captioned_grid, save_png, wrapped
+from grids import SQUARES, as_picture, captioned_grid, save_gif, save_png, wrapped
 
 FONT = ImageFont.load_default(12)
 
@@ -123,3 +123,21 @@ def test_an_interrupted_save_leaves_the_old_picture(tmp_path, monkeypatch):
     with Image.open(path) as kept:
         assert kept.getpixel((0, 0)) == 7
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_a_film_plays_every_picture_and_rests_at_the_last(tmp_path):
+    colours = [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
+    save_gif([Image.new("RGB", (4, 6), colour) for colour in colours], tmp_path / "new" / "film.gif", cell=12)
+    with Image.open(tmp_path / "new" / "film.gif") as film:
+        assert (film.size, film.n_frames, film.info["loop"]) == ((12, 12), 3, 0)
+        times = []
+        for number, colour in enumerate(colours):
+            film.seek(number)
+            times.append(film.info["duration"])
+            pixels = film.convert("RGB")
+            np.testing.assert_allclose(pixels.getpixel((6, 6)), colour, atol=8)
+            assert pixels.getpixel((0, 6)) == (255, 255, 255)
+    assert times[0] == times[1] < times[2]
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"cannot write .*film\.gif"):
+        save_gif([Image.new("RGB", (4, 4))], tmp_path / "file" / "film.gif", cell=12)

@@ -1,20 +1,27 @@
 """From a checkpoint to pictures, with the real text encoder and a network too small to draw anything."""
 
 import dataclasses
+import itertools
 import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
 import checkpoint
-import pipeline as pipelines
+import drawing
+import samplers
 import schedule as schedules
 import training
-from pipeline import DiffusionPipeline
-from samplers import ddim, guide, threshold, trailing
+from dataloader import to_bytes
+from origin import Origin
+from pipeline import DiffusionPipeline, Edit
+from sampling import Sampling
 from text_encoder import TextEncoder
 
 
@@ -41,68 +48,255 @@ def drawer(trained):
     return DiffusionPipeline(trained)
 
 
+@pytest.fixture(scope="session")
+def other(trained, tmp_path_factory):
+    """A pipeline of other weights, with the folder of its checkpoint."""
+    drawer = DiffusionPipeline(trained, ema="long")
+    path = tmp_path_factory.mktemp("models") / "other"
+    items = {"ema_short": drawer.weights, "ema_long": drawer.weights, "train": {"step": np.int32(1)}}
+    checkpoint.save(path, items, about=drawer.about)
+    drawer.path = path
+    return drawer
+
+
 def test_a_picture_is_returned_and_written_with_its_origin(drawer, tmp_path):
     path = tmp_path / "new folder" / "disc.png"
     image = drawer.generate_image("red disc", path, cfg=True, c=7, steps=3)
     assert (image.size, image.mode) == ((12, 8), "RGB")
     with Image.open(path) as written:
         np.testing.assert_array_equal(written, image)
-        assert (written.text["prompt"], written.text["c"]) == ("red disc", "7")
+        assert (written.text["prompt"], written.text["checkpoint"]) == ("red disc", drawer.hash)
     assert drawer.generate_image("red disc", steps=3, size=30).size == (30, 20)
+    with pytest.raises(OSError, match="cannot be written"):
+        drawer.generate_image("red disc", "/proc/none/disc.png", steps=3)
+
+
+def test_a_png_tells_how_to_draw_it_again(drawer, other, tmp_path):
+    path = tmp_path / "disc.png"
+    sampling = Sampling(sampler="dpmpp_2m_sde", spacing="leading", rescale=0.3, temperature=0.5, interval=(0.1, 0.9))
+    options = {"steps": 3, "seed": 5, "negative_prompt": "blue – très", "sampling": sampling, "size": 24}
+    image = drawer.generate_image("red disc", path, True, 2.5, **options)
+    origin = Origin.of(path)
+    assert origin.sampling == dataclasses.replace(sampling, c=2.5, steps=3, eta=1.0, negative_prompt="blue – très")
+    np.testing.assert_array_equal(drawer.like(origin), image)
+    with pytest.raises(ValueError, match=f"drawn by checkpoint {drawer.hash[:12]}…, this one is {other.hash[:12]}"):
+        other.like(origin)
+    Image.new("RGB", (3, 3)).save(tmp_path / "bare.png")
+    with pytest.raises(ValueError, match=r"bare\.png does not say how it was drawn"):
+        Origin.of(tmp_path / "bare.png")
 
 
 def test_a_picture_depends_on_its_prompt_and_seed_alone(drawer, trained):
     prompts = ["red disc", "blue box", "a green box", "red disc", "yellow disc"]
     seeds = [3, 1, 4, 1, 5]
-    together = drawer.generate_arrays(prompts, steps=4, seeds=seeds)
-    backwards = drawer.generate_arrays(prompts[::-1], steps=4, seeds=seeds[::-1])[::-1]
+    sampling = Sampling(steps=4, eta=0.5)
+    together = drawer.generate_arrays(prompts, sampling, seeds=seeds)
+    backwards = drawer.generate_arrays(prompts[::-1], sampling, seeds=seeds[::-1])[::-1]
     np.testing.assert_array_equal(together, backwards)
     another = DiffusionPipeline(trained)
     for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-        np.testing.assert_array_equal(another.generate_image(prompt, steps=4, seed=seed), together[i])
+        np.testing.assert_array_equal(another.generate_image(prompt, steps=4, seed=seed, eta=0.5), together[i])
     assert (together[0] != together[3]).any()  # another seed
-    assert (drawer.generate_arrays(["blue box"], steps=4, seeds=[3])[0] != together[0]).any()  # another prompt
+    assert (drawer.generate_arrays(["blue box"], sampling, seeds=[3])[0] != together[0]).any()  # another prompt
 
 
-def test_guidance_of_one_is_no_guidance_and_needs_no_second_evaluation(drawer):
-    plain = drawer.generate_arrays(["red disc"], cfg=False, steps=4)
-    np.testing.assert_array_equal(drawer.generate_arrays(["red disc"], c=1, steps=4), plain)
-    np.testing.assert_allclose(
-        drawer.generate_arrays(["red disc"], c=1.00001, steps=4).astype(int), plain.astype(int), atol=1
+def test_a_batch_of_several_draws_what_a_batch_of_one_draws(drawer, trained):
+    """As on a GPU: fixed batches, the last one filled up."""
+    wide = DiffusionPipeline(trained)
+    wide.batch = 2
+    prompts, seeds = ["red disc", "blue box", "a green box"], [3, 1, 4]
+    drawn = [each.generate_arrays(prompts, Sampling(steps=4), seeds=seeds).astype(int) for each in (drawer, wide)]
+    np.testing.assert_allclose(*drawn, atol=1)
+
+
+def test_threads_may_draw_at_once(drawer):
+    jobs = [(prompt, seed) for seed in range(4) for prompt in ("red disc", "blue box")]
+
+    def draw(job):
+        return np.asarray(drawer.generate_image(job[0], seed=job[1], steps=3))
+
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(draw, jobs))
+    np.testing.assert_array_equal(together, [draw(job) for job in jobs])
+
+
+def test_guidance_of_one_is_no_guidance_and_needs_no_second_evaluation(drawer, monkeypatch):
+    rows, call = [], drawing.nnx.merge
+    monkeypatch.setattr(
+        drawing.nnx, "merge", lambda *a: lambda noisy, *inputs: rows.append(len(noisy)) or call(*a)(noisy, *inputs)
     )
-    assert (drawer.generate_arrays(["red disc"], c=7, steps=4) != plain).any()
+    draw = np.asarray
+    plain = draw(drawer.generate_image("red disc", cfg=False, steps=5))
+    np.testing.assert_array_equal(draw(drawer.generate_image("red disc", c=1, steps=5)), plain)
+    assert set(rows) == {1}
+    nearly = draw(drawer.generate_image("red disc", c=1.00001, steps=5))
+    np.testing.assert_allclose(nearly.astype(int), plain.astype(int), atol=1)
+    assert set(rows) == {1, 2}
+    assert (draw(drawer.generate_image("red disc", c=7, steps=5)) != plain).any()
 
 
-def test_another_guidance_seed_or_prompt_compiles_nothing(drawer):
-    drawer.generate_arrays(["red disc"], c=7, steps=2)
-    compiled = drawer._draw._cache_size()
-    for c in (0, 2, 3.5, 100):
-        drawer.generate_arrays(["blue box"] * 5, c=c, steps=2, seeds=[1, 2, 3, 4, int(c)])
-    assert drawer._draw._cache_size() == compiled
+def test_another_guidance_seed_prompt_or_eta_compiles_nothing(drawer, monkeypatch):
+    drawer.generate_arrays(["red disc"], Sampling(steps=2, interval=(0.1, 0.9)))
+    traces = []
+    monkeypatch.setattr(drawing, "to_bytes", lambda image: traces.append(1) or to_bytes(image))
+    for number, c in enumerate((0, 2, 3.5, 100)):
+        sampling = Sampling(
+            steps=2, c=c, eta=number / 4, temperature=number, rescale=number / 4, interval=(number / 10, 0.95),
+            negative_prompt="box" * number,
+        )  # fmt: skip
+        drawer.generate_arrays(["blue box"] * 3, sampling, seeds=[1, 2, number])
+    assert traces == []
+    drawer.generate_arrays(["blue box"], Sampling(steps=3, interval=(0.1, 0.9)))
+    assert traces == [1]
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
-def test_drawing_is_ddim_over_guided_and_thresholded_estimates(drawer, tiny, prediction):
+def test_drawing_is_a_solver_over_guided_and_thresholded_estimates(drawer, tiny, prediction):
     """The drawing function against its parts, put together by hand for one picture."""
     text, mask = map(jnp.asarray, drawer.encoder(["red disc", ""], tiny.TEXT_LEN))
     graphdef = training.structure(tiny, drawer.encoder.dim)
-    model = pipelines.nnx.merge(graphdef, pipelines.nnx.State(drawer.weights))
+    model = nnx.merge(graphdef, nnx.State(drawer.weights))
     schedule = schedules.cosine(tiny.T)
     convert = {"eps": schedules.denoised_from_eps, "v": schedules.denoised_from_v, "x0": lambda s, x, out, t: out}
+    along = samplers.timesteps(schedule, "trailing", 5)
 
     @jax.jit
-    def by_hand(noise):
-        def denoise(noisy, t):
-            both = [model(noisy, t, text[i : i + 1], mask[i : i + 1]) for i in (0, 1)]
-            return threshold(convert[prediction](schedule, noisy, guide(*both, jnp.float32(3)), t))
+    def by_hand(noisy):
+        for t, s in itertools.pairwise(along.tolist()):
+            ts, past = jnp.full(1, t), jnp.full(1, s)
+            with_caption, without = (
+                convert[prediction](schedule, noisy, model(noisy, ts, text[i : i + 1], mask[i : i + 1]), ts)
+                for i in (0, 1)
+            )
+            denoised = jnp.clip(without + 3 * (with_caption - without), -1, 1)
+            noise = schedules.eps_from_denoised(schedule, noisy, denoised, ts)
+            noisy = schedules.add_noise(schedule, denoised, noise, past)
+        return noisy
 
-        return ddim(denoise, schedule, noise, trailing(tiny.T, 5))
-
-    expected = by_hand(jax.random.normal(jax.random.key(9), (1, tiny.H, tiny.W, 3)))
-    draw = pipelines.build_draw(dataclasses.replace(tiny, prediction=prediction), graphdef)
-    null, seed = (text[1], mask[1]), np.array([9], np.int32)
-    drawn = draw(drawer.weights, seed, text[:1], mask[:1], null, 3.0, steps=5, guided=True)
+    expected = by_hand(drawing.noise_of(np.int32(9), drawer.shape)[None])
+    config = dataclasses.replace(tiny, prediction=prediction)
+    pipeline = DiffusionPipeline.of(config, drawer.encoder, graphdef, drawer.weights)
+    drawn = pipeline.generate_arrays(["red disc"], Sampling(c=3, sampler="ddim", steps=5), seeds=9)
     np.testing.assert_allclose(drawn.astype(float) / 127.5 - 1, expected, atol=0.02)
+
+
+def test_a_negative_prompt_takes_the_place_of_the_empty_caption(drawer):
+    def draw(negative):
+        return np.asarray(drawer.generate_image("red disc", steps=4, negative_prompt=negative))
+
+    np.testing.assert_array_equal(draw(""), draw(None))
+    assert (draw("blue box") != draw("")).any()
+    own = np.asarray(drawer.generate_image("red disc", steps=4, cfg=False)).astype(int)
+    np.testing.assert_allclose(draw("red disc").astype(int), own, atol=1)  # steering away from itself leads nowhere
+
+
+def test_autoguidance_steers_away_from_a_worse_checkpoint(trained, drawer, other):
+    def draw(pipeline, **options):
+        return pipeline.generate_arrays(["red disc", "blue box"], Sampling(steps=4, **options), seeds=3).astype(int)
+
+    own = DiffusionPipeline(trained, guide=trained)  # steering away from itself leads nowhere
+    np.testing.assert_allclose(draw(own, c=5), draw(drawer, c=1), atol=1)
+    guided = DiffusionPipeline(trained, guide=other.path)
+    np.testing.assert_array_equal(draw(guided, c=1), draw(drawer, c=1))
+    np.testing.assert_allclose(draw(guided, c=0), draw(other, c=1), atol=1)
+    assert (draw(guided, c=3) != draw(drawer, c=3)).any()
+    assert guided.hash != drawer.hash
+    with pytest.raises(ValueError, match="negative_prompt and a guide exclude each other"):
+        draw(guided, negative_prompt="box")
+
+
+def test_a_guide_of_other_pictures_is_refused(trained, tiny, tmp_path):
+    guide = copy(trained, tmp_path, config={**tiny.to_json(), "H": 16})
+    with pytest.raises(ValueError, match=r"guide = .*copy: its H is 16, that of .*final 8"):
+        DiffusionPipeline(trained, guide=guide)
+
+
+def test_a_way_between_prompts_and_seeds_begins_and_ends_with_its_own_pictures(drawer):
+    sampling = Sampling(steps=4)
+    ends = drawer.generate_arrays(["red disc", "blue box"], sampling, seeds=[3, 8]).astype(int)
+    way = np.array(drawer.interpolate(("red disc", "blue box"), sampling, seeds=(3, 8), frames=5)).astype(int)
+    assert len(way) == 5
+    np.testing.assert_allclose(way[[0, -1]], ends, atol=1)
+    jumps = np.abs(np.diff(way, axis=0)).mean((1, 2, 3))
+    assert 0 < jumps.max() < np.abs(way[0] - way[-1]).mean()
+    turning = np.array(drawer.interpolate(("red disc", "red disc"), sampling, seeds=(3, 3), frames=2))
+    np.testing.assert_array_equal(turning[0], turning[1])
+    with pytest.raises(ValueError, match="frames = 1"):
+        drawer.interpolate(("a", "b"), frames=1)
+
+
+def test_a_way_between_noises_keeps_their_size():
+    a, b = np.random.default_rng(0).normal(size=(2, 8, 12, 3))
+    for between in drawing.slerp(a, b, np.linspace(0, 1, 5)):
+        np.testing.assert_allclose((between**2).mean(), 1, atol=0.15)
+    np.testing.assert_array_equal(drawing.slerp(a, a, np.array([0.0, 0.3]))[0], a)
+
+
+def test_a_film_of_the_drawing_ends_with_the_picture(drawer, tiny):
+    weights = jax.tree.map(lambda weight: 0.3 * weight, drawer.weights)  # estimates that are not all black and white
+    calm = dataclasses.replace(tiny, prediction="x0")
+    pipeline = DiffusionPipeline.of(calm, drawer.encoder, training.structure(tiny, drawer.encoder.dim), weights)
+    film = pipeline.denoising("red disc", Sampling(steps=4, c=1), seed=3)
+    assert len(film) == 5
+    np.testing.assert_array_equal(film[-1], pipeline.generate_image("red disc", cfg=False, steps=4, seed=3))
+    np.testing.assert_array_equal(film[-1], film[-2])  # at t = 0 the picture is the last estimate
+    assert (np.asarray(film[0]) != np.asarray(film[-1])).any()
+
+
+@pytest.fixture
+def photo():
+    return Image.fromarray(np.random.default_rng(1).integers(0, 256, (8, 12, 3)).astype(np.uint8))
+
+
+def test_a_picture_is_redrawn_as_far_as_strength_says(drawer, photo):
+    def draw(strength):
+        edit = Edit(photo, strength)
+        return np.asarray(drawer.generate_image("red disc", steps=20, c=2, edit=edit)).astype(int)
+
+    far = [np.abs(draw(strength) - np.asarray(photo).astype(int)).mean() for strength in (0.05, 0.5, 1.0)]
+    assert far[0] < far[1] < far[2]
+    assert far[0] < 10
+
+
+def test_known_pixels_are_kept_exactly(drawer, photo, tmp_path):
+    mask = Image.new("L", (12, 8))
+    mask.paste(255, (2, 1, 9, 6))
+    mask.save(tmp_path / "mask.png")
+    photo.save(tmp_path / "photo.png")
+    edit = Edit(tmp_path / "photo.png", mask=tmp_path / "mask.png")
+    path = tmp_path / "drawn.png"
+    for sampler in ("dpmpp_2m", "ddpm", "heun"):
+        drawn = np.asarray(drawer.generate_image("red disc", path, steps=4, edit=edit, sampler=sampler))
+        kept = np.asarray(mask) == 0
+        np.testing.assert_array_equal(drawn[kept], np.asarray(photo)[kept])
+        assert (drawn[~kept] != np.asarray(photo)[~kept]).mean() > 0.5
+    origin = Origin.of(path)
+    np.testing.assert_array_equal(drawer.like(origin, edit), drawn)
+    with pytest.raises(ValueError, match="--image is not what the picture was drawn with: it started from one"):
+        drawer.like(origin)
+    with pytest.raises(ValueError, match="--mask is not what"):
+        drawer.like(origin, edit._replace(mask=None))
+    everywhere = Edit(photo, mask=Image.new("1", (12, 8), 1))
+    plain = np.asarray(drawer.generate_image("red disc", steps=4)).astype(int)
+    np.testing.assert_allclose(np.asarray(drawer.generate_image("red disc", steps=4, edit=everywhere)), plain, atol=30)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"image": Image.new("RGB", (12, 9))}, "image is 12 x 9; this checkpoint draws 12 x 8: resize it first"),
+        ({"image": Image.new("CMYK", (12, 8))}, "image: its mode is CMYK"),
+        ({"mask": Image.new("L", (8, 12))}, "mask is 8 x 12; this checkpoint draws 12 x 8"),
+        ({"mask": Image.new("RGB", (12, 8))}, "mask: its mode is RGB"),
+        ({"strength": 0}, "strength = 0: allowed"),
+        ({"strength": 1.5}, "strength = 1.5: allowed"),
+        ({"strength": float("nan")}, "strength = nan: allowed"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_pictures_and_masks_that_do_not_fit_are_refused(drawer, photo, edit, message):
+    with pytest.raises(ValueError, match=message):
+        drawer.generate_image("red disc", steps=1, edit=Edit(**{"image": photo, **edit}))
 
 
 @pytest.mark.parametrize(
@@ -110,10 +304,9 @@ def test_drawing_is_ddim_over_guided_and_thresholded_estimates(drawer, tiny, pre
     [
         ({"prompts": ["disc", "  "]}, "prompt is empty"),
         ({"prompts": "disc"}, "list of prompts"),
-        ({"steps": 0}, "steps = 0.*1 to the 50"),
-        ({"steps": 51}, "steps = 51.*1 to the 50"),
-        ({"c": float("nan")}, "c = nan"),
-        ({"c": -1}, "c = -1"),
+        ({"sampling": Sampling(steps=51)}, "steps = 51.*1 to the 50"),
+        ({"sampling": Sampling(sampler="euler")}, "sampler = 'euler': allowed are ddim"),
+        ({"sampling": Sampling(spacing="even")}, "spacing = 'even': allowed are trailing"),
         ({"seeds": [1, 2]}, "2 seeds for 1 prompts"),
         ({"seeds": -1}, "seed = .*-1"),
         ({"size": 0}, "size = 0"),
@@ -122,7 +315,52 @@ def test_drawing_is_ddim_over_guided_and_thresholded_estimates(drawer, tiny, pre
 )
 def test_what_cannot_be_drawn_is_refused(drawer, wrong, message):
     with pytest.raises(ValueError, match=message):
-        drawer.generate_images(**{"prompts": ["disc"], "steps": 1, **wrong})
+        drawer.generate_images(**{"prompts": ["disc"], "sampling": Sampling(steps=1), **wrong})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("steps", 0), ("c", float("nan")), ("c", float("inf")), ("c", -1), ("eta", 1.1), ("temperature", -0.1),
+        ("rescale", 2), ("percentile", float("nan")), ("interval", (0.5, 0.2)), ("interval", (0.0, float("nan"))),
+    ],
+)  # fmt: skip
+def test_impossible_sampling_is_refused_with_the_field_and_the_range(field, value):
+    with pytest.raises(ValueError, match=rf"{field} = .*allowed are"):
+        Sampling(**{field: value})
+
+
+def test_a_negative_prompt_without_guidance_is_a_contradiction():
+    with pytest.raises(ValueError, match="negative_prompt = 'box' has no effect at c = 1"):
+        Sampling(negative_prompt="box", c=1)
+
+
+def test_the_help_names_every_sampler_and_spacing():
+    text = (Path(__file__).parent.parent / "sampling.py").read_text()
+    for name in (*samplers.SOLVERS, *samplers.SPACINGS):
+        assert name in text
+
+
+def test_transparent_pictures_come_with_clean_alpha_or_on_white(trained, tiny, drawer):
+    config = dataclasses.replace(tiny, CHANNELS=4)
+    graphdef = training.structure(config, drawer.encoder.dim)
+    weights = training.init(config, drawer.encoder.dim, jax.random.key(0)).weights
+    pipeline = DiffusionPipeline.of(config, drawer.encoder, graphdef, weights)
+    rgba = pipeline.generate_image("red disc", steps=3)
+    assert rgba.mode == "RGBA"
+    pixels = np.asarray(rgba)
+    assert (pixels[pixels[..., 3] == 0] == [255, 255, 255, 0]).all()
+    rgb = pipeline.generate_image("red disc", steps=3, sampling=Sampling(on_white=True))
+    assert rgb.mode == "RGB"
+    white = Image.new("RGBA", rgba.size, "white")
+    white.alpha_composite(rgba)
+    np.testing.assert_allclose(np.asarray(rgb).astype(int), np.asarray(white.convert("RGB")).astype(int), atol=1)
+    known = Image.fromarray(
+        np.dstack([np.full((8, 12, 3), 200, np.uint8), np.arange(96, dtype=np.uint8).reshape(8, 12)])
+    )
+    kept = np.asarray(pipeline.generate_image("red disc", steps=3, edit=Edit(known, mask=Image.new("L", (12, 8)))))
+    np.testing.assert_array_equal(kept[..., 3], np.asarray(known)[..., 3])
+    np.testing.assert_array_equal(kept[1:, :, :3], np.asarray(known)[1:, :, :3])
 
 
 # Orbax reads in parallel: where one read fails, the others complain to a loop that is closed.

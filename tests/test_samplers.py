@@ -1,4 +1,4 @@
-"""Samplers against the closed form: for data N(0, s²) the best denoiser and the whole flow are known exactly."""
+"""Solvers against Gaussian data, for which the denoiser and the whole way from noise to picture are known exactly."""
 
 import itertools
 
@@ -7,75 +7,228 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import samplers
 import schedule as schedules
-from samplers import ddim, guide, threshold, trailing
+from samplers import SOLVERS, SPACINGS, Stir, timesteps
 
-S = 0.5  # standard deviation of the data
+M, S = 0.3, 0.5  # mean and standard deviation of the data
 SCHEDULE = schedules.cosine(1000)
+FINE = schedules.cosine(20_000)
 
 
-def gaussian_denoiser(noisy, t):
-    """E[image | noisy] for image ~ N(0, S²)."""
-    alpha, sigma = schedules.mix_at(SCHEDULE, t)
-    return alpha * S**2 / (alpha**2 * S**2 + sigma**2) * noisy
+def denoiser(schedule, S=S):
+    """E[image | noisy] for image ~ N(M, S²)."""
+
+    def denoise(noisy, t):
+        alpha, sigma = schedules.mix_at(schedule, t)
+        return M + alpha * S**2 / (alpha**2 * S**2 + sigma**2) * (noisy - alpha * M)
+
+    return denoise
 
 
-def error(steps):
-    noise = jnp.full((1, 1, 1, 1), 1.0)
-    exact = S / jnp.sqrt(SCHEDULE.alpha[-1] ** 2 * S**2 + SCHEDULE.sigma[-1] ** 2)  # variances match at both ends
-    return abs(float(ddim(gaussian_denoiser, SCHEDULE, noise, trailing(1000, steps))[0, 0, 0, 0] - exact))
+def on_the_curve(schedule, t, z, S=S):
+    """Where the ODE's solution through the z-th standard deviation of the data is at t."""
+    alpha, sigma = np.float64(schedule.alpha[t]), np.float64(schedule.sigma[t])
+    return alpha * M + np.sqrt(alpha**2 * S**2 + sigma**2) * z
 
 
-def test_ddim_is_first_order():
-    errors = [error(steps) for steps in (25, 50, 100, 200)]
+def stir(batch=1, eta=0.0, temperature=1.0, seed=0):
+    keys = jax.vmap(jax.random.key)(seed + jnp.arange(batch))
+    return Stir(keys, jnp.float32(eta), jnp.float32(temperature))
+
+
+def solve(name, noisy, along, schedule=SCHEDULE, denoise=None, **stirring):
+    run = jax.jit(lambda noisy, stir: SOLVERS[name].solve(denoise or denoiser(schedule), schedule, noisy, along, stir))
+    return run(noisy, stir(len(noisy), **stirring))[0]
+
+
+def error(name, steps):
+    """Distance to the exact end of the ODE, for data of several widths, from log SNR -6 to 4 in equal steps."""
+    along = np.interp(np.linspace(-6, 4, steps + 1), np.asarray(FINE.log_snr)[:0:-1], np.arange(20_000, 0, -1))
+    along = np.round(along).astype(np.int32)
+    widths = np.array([[[[0.1, 0.3, 0.6, 1.5]]]])
+    noisy = jnp.asarray(on_the_curve(FINE, along[0], 1.0, widths), jnp.float32)
+    drawn = solve(name, noisy, along, FINE, denoiser(FINE, jnp.asarray(widths, jnp.float32)))
+    return np.linalg.norm(drawn - on_the_curve(FINE, along[-1], 1.0, widths))
+
+
+@pytest.mark.parametrize(("name", "order", "steps"), [
+    ("ddim", 1, (32, 64, 128)), ("dpmpp_2m", 2, (16, 32, 64)), ("heun", 2, (16, 32, 64)), ("dpmpp_3m", 3, (24, 48)),
+])  # fmt: skip
+def test_halving_the_step_shows_the_order(name, order, steps):
+    errors = [error(name, n) for n in steps]
     orders = np.log2(np.divide(errors[:-1], errors[1:]))
-    np.testing.assert_allclose(orders, 1, atol=0.15)
-    assert errors[-1] < 0.01
+    np.testing.assert_allclose(orders, order, atol=0.35)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_the_whole_way_from_noise_ends_where_it_should(name):
+    along = timesteps(SCHEDULE, "trailing", 100)
+    noisy = jnp.full((1, 1, 1, 1), on_the_curve(SCHEDULE, 1000, 1.0), jnp.float32)
+    assert abs(float(solve(name, noisy, along, eta=0.0)[0, 0, 0, 0]) - (M + S)) < (0.02 if "dd" in name else 0.005)
 
 
 def test_ddim_follows_equation_12_step_by_step():
     noise = jax.random.normal(jax.random.key(0), (2, 3, 5, 1))
-    timesteps = trailing(1000, 7)
+    along = timesteps(SCHEDULE, "trailing", 7)
     x = np.asarray(noise, np.float64)
     alpha_bar = np.asarray(SCHEDULE.alpha, np.float64) ** 2
-    for t, s in itertools.pairwise(timesteps):
-        denoised = np.sqrt(alpha_bar[t]) * S**2 / (alpha_bar[t] * S**2 + 1 - alpha_bar[t]) * x
+    for t, s in itertools.pairwise(along):
+        denoised = np.asarray(denoiser(SCHEDULE)(jnp.asarray(x, jnp.float32), jnp.full(2, t)), np.float64)
         eps = (x - np.sqrt(alpha_bar[t]) * denoised) / np.sqrt(1 - alpha_bar[t])
         x = np.sqrt(alpha_bar[s]) * denoised + np.sqrt(1 - alpha_bar[s]) * eps
-    np.testing.assert_allclose(ddim(gaussian_denoiser, SCHEDULE, noise, timesteps), x, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(solve("ddim", noise, along), x, rtol=1e-4, atol=1e-5)
 
 
-def test_a_perfect_denoiser_is_reached_in_one_step_and_in_many():
+def test_ddpm_follows_the_posterior_of_ho_et_al_step_by_step():
+    """Ho et al. 2020, Eq. 6 and 7, for steps that skip timesteps; the fresh noise is that of each picture's key."""
+    noise = jax.random.normal(jax.random.key(0), (2, 3, 5, 1))
+    along = timesteps(SCHEDULE, "trailing", 6)
+    keys = stir(2).keys
+    x = np.asarray(noise, np.float64)
+    alpha_bar = np.asarray(SCHEDULE.alpha, np.float64) ** 2
+    for number, (t, s) in enumerate(itertools.pairwise(along)):
+        denoised = np.asarray(denoiser(SCHEDULE)(jnp.asarray(x, jnp.float32), jnp.full(2, t)), np.float64)
+        beta = 1 - alpha_bar[t] / alpha_bar[s]
+        mean = np.sqrt(alpha_bar[s]) * beta / (1 - alpha_bar[t]) * denoised
+        mean += np.sqrt(1 - beta) * (1 - alpha_bar[s]) / (1 - alpha_bar[t]) * x
+        fresh = jnp.stack([jax.random.normal(jax.random.fold_in(key, number), (3, 5, 1)) for key in keys])
+        x = mean + np.sqrt((1 - alpha_bar[s]) / (1 - alpha_bar[t]) * beta) * np.asarray(fresh)
+    np.testing.assert_allclose(solve("ddpm", noise, along, eta=1.0), x, rtol=1e-3, atol=1e-4)
+
+
+def test_dpmpp_2m_follows_algorithm_2_step_by_step():
+    noise = jax.random.normal(jax.random.key(0), (2, 3, 5, 1))
+    along = timesteps(SCHEDULE, "trailing", 9)
+    alpha, sigma = (np.asarray(part, np.float64) for part in (SCHEDULE.alpha, SCHEDULE.sigma))
+    x, earlier, h_before = np.asarray(noise, np.float64), None, None
+    for t, s in itertools.pairwise(along):
+        denoised = np.asarray(denoiser(SCHEDULE)(jnp.asarray(x, jnp.float32), jnp.full(2, t)), np.float64)
+        if s == 0:
+            x = denoised
+            break
+        h = np.log(alpha[s] / sigma[s]) - np.log(alpha[t] / sigma[t])
+        mean = denoised if earlier is None else (1 + h / h_before / 2) * denoised - h / h_before / 2 * earlier
+        x = sigma[s] / sigma[t] * x - alpha[s] * (np.exp(-h) - 1) * mean
+        earlier, h_before = denoised, h
+    np.testing.assert_allclose(solve("dpmpp_2m", noise, along), x, rtol=1e-3, atol=1e-4)
+
+
+def test_dpmpp_3m_integrates_a_parabola_exactly():
+    """Where denoised is a parabola in λ, the third step is Lu et al. 2022b, Eq. 8, the integral by quadrature."""
+    lam = np.asarray(SCHEDULE.log_snr, np.float64) / 2
+
+    def parabola(noisy, t):
+        u = jnp.asarray(lam, jnp.float32)[t][:, None, None, None]
+        return 0.3 - 0.2 * u + 0.1 * u**2 + 0 * noisy
+
+    along = np.array([900, 700, 560, 300])
+    noisy = jnp.ones((1, 1, 1, 1))
+    before, after = (float(solve("dpmpp_3m", noisy, along[:n], denoise=parabola)[0, 0, 0, 0]) for n in (3, 4))
+    sigma = np.asarray(SCHEDULE.sigma, np.float64)
+    u = np.linspace(lam[560], lam[300], 100_001)
+    integral = np.trapezoid(np.exp(u) * (0.3 - 0.2 * u + 0.1 * u**2), u)
+    np.testing.assert_allclose(after, sigma[300] / sigma[560] * before + sigma[300] * integral, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "eta"), [
+    ("ddpm", 1.0), ("ddim", 0.5), ("dpmpp_2m_sde", 1.0), ("dpmpp_3m", 0.7), ("heun", 1.0)
+])  # fmt: skip
+def test_stochastic_solving_reaches_the_mean_and_variance_of_the_data(name, eta):
+    along = timesteps(SCHEDULE, "trailing", 200)
+    noise = jax.random.normal(jax.random.key(9), (4, 64, 64, 1))
+    noisy = jnp.asarray(on_the_curve(SCHEDULE, 1000, noise), jnp.float32)
+    drawn = np.asarray(solve(name, noisy, along, eta=eta))
+    np.testing.assert_allclose(drawn.mean(), M, atol=4 * S / np.sqrt(drawn.size) + 0.005)
+    np.testing.assert_allclose(drawn.std(), S, rtol=0.03)
+    # the fresh noise has replaced the old: eta = 0 would have kept all of it
+    assert np.corrcoef(drawn.ravel(), np.asarray(noise).ravel())[0, 1] < 0.95
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_without_eta_no_key_and_no_temperature_matters(name):
+    along = timesteps(SCHEDULE, "trailing", 5)
+    noise = jax.random.normal(jax.random.key(0), (2, 3, 5, 1))
+    one = solve(name, noise, along, eta=0.0)
+    np.testing.assert_array_equal(one, solve(name, noise, along, eta=0.0, temperature=3.0, seed=77))
+    other = [solve(name, noise, along, eta=1.0, seed=seed) for seed in (0, 77)]
+    assert (other[0] != other[1]).all()
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_temperature_scales_the_fresh_noise_alone(name):
+    """With an estimate that does not look at `noisy`, a picture is linear in the noise that it was given."""
+    along = np.array([800, 500, 200, 100])
+    noise = jax.random.normal(jax.random.key(0), (2, 3, 5, 1))
+    cold, mild, hot = (
+        solve(name, noise, along, denoise=lambda noisy, t: jnp.full_like(noisy, M), eta=1.0, temperature=temperature)
+        for temperature in (0.0, 1.0, 2.0)
+    )
+    np.testing.assert_allclose(hot - mild, mild - cold, rtol=1e-4, atol=1e-6)
+    assert float(jnp.abs(mild - cold).min()) > 0
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_perfect_denoiser_is_reached_in_one_step_and_in_many(name):
     image = jax.random.uniform(jax.random.key(1), (2, 4, 3, 1), minval=-1)
     noise = jax.random.normal(jax.random.key(2), image.shape)
     for steps in (1, 2, 13):
-        np.testing.assert_allclose(ddim(lambda *_: image, SCHEDULE, noise, trailing(1000, steps)), image, atol=1e-6)
+        along = timesteps(SCHEDULE, "trailing", steps)
+        np.testing.assert_array_equal(solve(name, noise, along, denoise=lambda *_: image, eta=SOLVERS[name].eta), image)
 
 
-@pytest.mark.parametrize(("T", "steps"), [(1000, 1), (1000, 25), (1000, 1000), (7, 5)])
-def test_timesteps_run_from_T_to_0(T, steps):
-    timesteps = trailing(T, steps)
-    assert len(timesteps) == steps + 1
-    assert (timesteps[0], timesteps[-1]) == (T, 0)
-    assert (np.diff(timesteps) < 0).all()
+@pytest.mark.parametrize("name", SOLVERS)
+def test_the_table_knows_how_often_a_solver_asks(name):
+    asked = []
+
+    def denoise(noisy, t):
+        jax.debug.callback(lambda t: asked.append(int(t)), t[0])
+        return noisy
+
+    solve(name, jnp.ones((1, 1, 1, 1)), timesteps(SCHEDULE, "trailing", 5), denoise=denoise).block_until_ready()
+    jax.effects_barrier()
+    assert len(asked) == SOLVERS[name].evaluations(5)
+    assert set(asked) == {1000, 800, 600, 400, 200}
+
+
+def test_spacings_are_those_of_lin_et_al():
+    """Table 2 of Lin et al. 2024, T = 1000, 10 steps."""
+    table = {
+        "trailing": [1000, 900, 800, 700, 600, 500, 400, 300, 200, 100],
+        "leading": [901, 801, 701, 601, 501, 401, 301, 201, 101, 1],
+        "linspace": [1000, 889, 778, 667, 556, 445, 334, 223, 112, 1],
+    }
+    for spacing, expected in table.items():
+        np.testing.assert_array_equal(timesteps(SCHEDULE, spacing, 10), [*expected, 0])
+
+
+def test_log_snr_spacing_is_even_in_log_snr():
+    along = timesteps(FINE, "log_snr", 12)
+    jumps = np.diff(np.asarray(FINE.log_snr)[along[:-1]])
+    assert (along[0], along[-2]) == (20_000, 1)
+    np.testing.assert_allclose(jumps[3:], jumps[3:].mean(), rtol=0.05)  # next to T even neighbours are far apart
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("T", [2, 7, 50])
+def test_any_number_of_steps_gives_decreasing_timesteps_down_to_0(spacing, T):
+    schedule = schedules.cosine(T)
+    for steps in range(1, T + 1):
+        along = timesteps(schedule, spacing, steps)
+        assert len(along) == steps + 1
+        assert (np.diff(along) < 0).all()
+        assert along[-1] == 0
+        assert along[0] == T or spacing == "leading"
 
 
 @pytest.mark.parametrize("steps", [0, -1, 11])
 def test_impossible_step_counts_are_refused(steps):
     with pytest.raises(ValueError, match=rf"steps = {steps}.*from 1 to the 10"):
-        trailing(10, steps)
+        timesteps(schedules.cosine(10), "trailing", steps)
 
 
-def test_guidance_0_1_and_beyond():
-    conditional, unconditional = jax.random.normal(jax.random.key(0), (2, 1, 2, 2, 3))
-    np.testing.assert_allclose(guide(conditional, unconditional, jnp.float32(1)), conditional, rtol=1e-6, atol=1e-6)
-    np.testing.assert_array_equal(guide(conditional, unconditional, jnp.float32(0)), unconditional)
-    np.testing.assert_allclose(
-        guide(conditional, unconditional, jnp.float32(3)), 3 * conditional - 2 * unconditional, rtol=1e-5, atol=1e-5
-    )
-
-
-def test_threshold_leaves_pictures_in_range_alone_and_brings_others_back():
-    inside = jax.random.uniform(jax.random.key(0), (3, 5, 7, 3), minval=-1)
-    np.testing.assert_array_equal(threshold(inside), inside)
-    np.testing.assert_array_equal(threshold(jnp.array([[[[-3.0], [0.5], [7.0]]]])), [[[[-1], [0.5], [1]]]])
+def test_unknown_names_are_answered_with_the_known_ones():
+    with pytest.raises(ValueError, match="spacing = 'even': allowed are trailing, leading, linspace, log_snr"):
+        timesteps(SCHEDULE, "even", 3)
+    with pytest.raises(ValueError, match="sampler = 'euler': allowed are ddim, ddpm, heun, dpmpp_2m"):
+        samplers.solver("euler")

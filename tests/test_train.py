@@ -99,6 +99,18 @@ def test_from_nothing_to_pictures_and_on(call, tiny):
     assert "validation_images/test/grid.png and 2 pictures beside it written" in said
     with Image.open("validation_images/test/02_a_box_drawn.png") as picture:
         assert picture.size == (12, 8)
+    said = call(drawing, "--like", "validation_images/test/01_red_disc.png", "--output", "again")
+    assert "again/like_01_red_disc.png written: the same, pixel for pixel" in said
+    said = call(drawing, "--prompts", "red disc", "--to", "green box", "--steps", "2", "--frames", "3")
+    assert "validation_images/test/red_disc_to_green_box.png and red_disc_to_green_box.gif written: 3 pictures" in said
+    assert "--like and --to, --to_seed ask for different things" in call(drawing, "--to", "x", "--like", "y.png")
+    said = call(drawing, "--prompts", "red disc", "--sweep_c", "1", "2", "--sweep_steps", "1", "2")
+    assert "validation_images/test/sweep_red_disc.png written: 'red disc', guidance from left to right" in said
+    said = call(drawing, "--prompts", "red disc", "--animate", "--steps", "2", "--image", "again/like_01_red_disc.png")
+    assert "1 pictures beside it with a GIF each written" in said
+    assert "name it with --image" in call(drawing, "--strength", "0.5")
+    assert "/proc/none cannot be written" in call(drawing, "--output", "/proc/none")
+    assert "--c = nan: allowed are" in call(drawing, "--c", "nan")
     assert "no checkpoint at" in call(drawing, "--checkpoint", "elsewhere")
     assert "prompt is empty" in call(drawing, "--prompts", "")
 
@@ -165,7 +177,7 @@ def test_a_dry_run_prints_the_cost_and_leaves_nothing(call, tiny, tmp_path):
         (["quikc"], "no preset 'quikc'; did you mean 'quick'"),
         (["quick", "--data", "nowhere"], "no folder nowhere"),
         (["quick", "--resume"], "holds no checkpoint"),
-        (["quick", "--output", "/proc/none"], "--output /proc/none: cannot be written"),
+        (["quick", "--output", "/proc/none"], "/proc/none cannot be written"),
     ],
 )
 def test_what_cannot_be_run_is_refused(call, words, message):
