@@ -1,8 +1,8 @@
 """How fast a preset trains, beside what this machine could do: `python benchmarks/benchmark.py [PRESET]`.
 
 In one run: the float32 matrix-product rate (the ceiling), the training step and its share of that ceiling, the data
-path alone and its share of the step, drawing one picture. Rounds of all of them alternate and medians are reported, so
-that a machine whose speed drifts bends no ratio. FLOPs are those of the forward pass as XLA counts them, times three
+path alone and its share of the step, drawing one guided picture and as many bare evaluations of the network. Rounds of
+all of them alternate and medians are reported, so that a machine whose speed drifts bends no ratio. FLOPs are those of the forward pass as XLA counts them, times three
 for a training step. Then whole processes: `train.py --help`, and where there is a checkpoint in models_vA0/final,
 `test.py` with no program compiled yet and with all of them on disk.
 """
@@ -25,9 +25,12 @@ from flax import nnx
 
 import dataloader
 import device
+import schedule
 import training
+from drawing import Knobs, Request, build_draw
 from params import PRESETS
-from pipeline import build_draw
+from pipeline import STEPS
+from samplers import timesteps
 
 ROOT = Path(__file__).resolve().parent.parent
 ROUNDS = 7
@@ -87,6 +90,7 @@ def main() -> None:
         )
     )
     draw = build_draw(config, graphdef)
+    along = tuple(timesteps(schedule.cosine(config.T), "trailing", STEPS).tolist())
     forward = jax.jit(lambda weights, *inputs: nnx.merge(graphdef, nnx.State(weights))(*inputs))
     first = batch(data, keys, jnp.int32(0))
     inputs = (first.image, jnp.ones(config.B, jnp.int32), first.text_emb, first.text_mask)
@@ -94,11 +98,18 @@ def main() -> None:
 
     matrix = jnp.ones((3072, 3072))
     product = jax.jit(jnp.matmul)
-    null = (data.null_emb, data.null_mask)
+    one = tuple(array[:1] for array in inputs)
+    zero, null = jnp.zeros(()), (data.null_emb, data.null_mask)
+    request = Request(one[0], jnp.zeros(1, jnp.int32), one[2][:, None], one[3][:, None], jnp.ones((1, 1)))
+    knobs = Knobs(jnp.float32(7), zero, None, None, zero, jnp.ones(()), *null)
 
     def draw_one() -> jax.Array:
-        caption = (data.text_emb[:1], data.text_mask[:1])
-        return draw(state.ema.short, np.zeros(1, np.int32), *caption, null, 7.0, steps=25, guided=True)
+        return draw(state.ema.short, None, request, knobs, sampler="dpmpp_2m", along=along)[0]
+
+    def evaluations() -> None:
+        """As many bare evaluations of the network on one picture as a guided drawing needs."""
+        for _ in range(2 * STEPS):
+            forward(state.weights, *one).block_until_ready()
 
     compile_seconds = seconds(lambda: step(state, data, keys))
     state = training.init(config, TEXT_DIM, jax.random.key(0))  # the call has taken the old one's buffers
@@ -107,11 +118,12 @@ def main() -> None:
         (product, (matrix, matrix)),
         (batch, (data, keys, jnp.int32(0))),
         (draw_one, ()),
+        (evaluations, ()),
         (forward, (state.weights, *inputs)),
     ):
         seconds(function, *args)
 
-    times = {part: [] for part in ("product", "step", "forward", "batch", "draw")}
+    times = {part: [] for part in ("product", "step", "forward", "batch", "draw", "evaluations")}
     for number in range(ROUNDS):
         times["product"].append(seconds(product, matrix, matrix))
         for _ in range(5):
@@ -122,6 +134,7 @@ def main() -> None:
         times["forward"].append(seconds(forward, state.weights, *inputs))
         times["batch"].append(seconds(batch, data, keys, jnp.int32(number)))
         times["draw"].append(seconds(draw_one))
+        times["evaluations"].append(seconds(evaluations))
     median = {part: statistics.median(each) for part, each in times.items()}
 
     ceiling = 2 * 3072**3 / median["product"]
@@ -137,7 +150,9 @@ def main() -> None:
         "step_share_of_ceiling": 3 * flops / median["step"] / ceiling,
         "forward_share_of_ceiling": flops / median["forward"] / ceiling,
         "data_share_of_step": median["batch"] / median["step"],
-        "draw_25_steps_guided_seconds": median["draw"],
+        "draw_guided_seconds": median["draw"],
+        "draw_guided_steps": STEPS,
+        "draw_over_bare_evaluations": median["draw"] / median["evaluations"],
         "compile_seconds": compile_seconds,
         **processes(),
     }
