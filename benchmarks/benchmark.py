@@ -2,9 +2,9 @@
 
 In one run: the float32 matrix-product rate (the ceiling), the training step and its share of that ceiling, the data
 path alone and its share of the step, drawing one guided picture and as many bare evaluations of the network. Rounds of
-all of them alternate and medians are reported, so that a machine whose speed drifts bends no ratio. FLOPs are those of the forward pass as XLA counts them, times three
-for a training step. Then whole processes: `train.py --help`, and where there is a checkpoint in models_vA0/final,
-`test.py` with no program compiled yet and with all of them on disk.
+all of them alternate and medians are reported, so that a machine whose speed drifts bends no ratio. FLOPs are those of
+the forward pass as XLA counts them, times three for a training step. Then whole processes: `train.py --help`, and where
+there is a checkpoint in models_vA0/final, `test.py` with no program compiled yet and with all of them on disk.
 """
 
 import json

@@ -99,15 +99,21 @@ def count_flops(jaxpr) -> int:
 
 def drawer(config, graphdef, data, *, pictures: int, steps: int) -> Callable[[dict], object]:
     """weights -> pictures: this project's sampler on a guided batch, the one place that knows how it is called."""
-    import numpy as np
+    import jax
+    import jax.numpy as jnp
 
-    from pipeline import build_draw
+    import samplers
+    import schedule
+    from drawing import Knobs, Request, build_draw
 
     draw = build_draw(config, graphdef)
-    seeds = np.arange(pictures, dtype=np.int32)
-    captions = (data.text_emb[:pictures], data.text_mask[:pictures])
-    null = (data.null_emb, data.null_mask)
-    return lambda weights: draw(weights, seeds, *captions, null, 7.0, steps=steps, guided=True)
+    along = tuple(samplers.timesteps(schedule.cosine(config.T), "trailing", steps).tolist())
+    noise = jax.random.normal(jax.random.key(0), (pictures, config.H, config.W, config.CHANNELS))
+    captions = (data.text_emb[:pictures, None], data.text_mask[:pictures, None])
+    request = Request(noise, jnp.arange(pictures), *captions, jnp.ones((pictures, 1)))
+    zero, one = jnp.zeros(()), jnp.ones(())
+    knobs = Knobs(jnp.float32(7), zero, None, None, zero, one, data.null_emb, data.null_mask)
+    return lambda weights: draw(weights, None, request, knobs, sampler="ddim", along=along)[0]
 
 
 def ours(config, *, pictures: int, steps: int) -> tuple[dict[str, Trial], dict]:
