@@ -91,7 +91,7 @@ def to_bytes(image: Float[Array, "... c"]) -> UInt8[Array, "... c"]:
     if image.shape[-1] == 4:
         alpha = whole[..., 3:]
         colour = jnp.minimum(255 * whole[..., :3] / jnp.maximum(alpha, 1e-6), 255)
-        whole = jnp.concatenate([jnp.where(alpha >= 0.5, colour, 255), alpha], axis=-1)
+        whole = jnp.concatenate([jnp.where(alpha > 0.5, colour, 255), alpha], axis=-1)
     return jnp.round(whole).astype(jnp.uint8)
 
 

@@ -18,7 +18,7 @@ import guidance as guiding
 import schedule as schedules
 from dataloader import to_bytes
 from params import Params
-from samplers import Stir, solver
+from samplers import FreshNoise, solver
 
 
 class Request(NamedTuple):
@@ -33,7 +33,7 @@ class Request(NamedTuple):
     drawn: Bool[Array, "b h w 1"] | None = None  # … where this is False
 
 
-class Knobs(NamedTuple):
+class Controls(NamedTuple):
     """Numbers that may change without recompilation; what is None costs nothing."""
 
     guidance: Float[Array, ""] | None
@@ -52,7 +52,7 @@ def build_draw(
 ) -> Callable[..., tuple[UInt8[Array, "b h w c"], UInt8[Array, "b n h w c"] | None]]:
     """The jitted function that draws a batch; compiled once per batch size, sampler, steps and kind of guidance.
 
-    draw(weights, guide_weights, request, knobs, sampler=…, along=…, trace=…) -> pictures, and with trace=True the
+    draw(weights, guide_weights, request, controls, sampler=…, along=…, trace=…) -> pictures, and with trace=True the
     estimate of each picture at each of the n steps. `along` are the timesteps. Guidance evaluates the network on one
     enlarged batch, or where there is a guide (configuration and structure of a worse network), that one beside it.
     """
@@ -77,7 +77,7 @@ def build_draw(
         weights: dict,
         guide_weights: dict | None,
         request: Request,
-        knobs: Knobs,
+        controls: Controls,
         *,
         sampler: str,
         along: tuple[int, ...],
@@ -97,24 +97,24 @@ def build_draw(
                 return positive(noisy, t), mixed(estimates(*guide, guide_weights, *captions)(noisy, t))
             negative = (
                 jnp.broadcast_to(part[None, None], (len(noisy), 1, *part.shape))
-                for part in (knobs.negative_emb, knobs.negative_mask)
+                for part in (controls.negative_emb, controls.negative_mask)
             )
             beside = (jnp.concatenate(pair, axis=1) for pair in zip(captions, negative, strict=True))
             each = network(*beside)(noisy, t)
             return mixed(each[:, :-1]), each[:, -1]
 
         denoise = positive
-        if knobs.guidance is not None:
-            denoise = guiding.guided(both, knobs.guidance, knobs.rescale)
-            if knobs.interval is not None:
-                denoise = guiding.within(knobs.interval, config.T, denoise, positive)
-        denoise = guiding.thresholded(denoise, knobs.percentile)
+        if controls.guidance is not None:
+            denoise = guiding.guided(both, controls.guidance, controls.rescale)
+            if controls.interval is not None:
+                denoise = guiding.within(controls.interval, config.T, denoise, positive)
+        denoise = guiding.thresholded(denoise, controls.percentile)
         if request.drawn is not None:
             denoise = guiding.keeping(denoise, request.known, request.drawn)
 
         keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed))[1])(request.seeds)
-        stir = Stir(keys, knobs.eta, knobs.temperature)
-        image, on_the_way = solver(sampler).solve(denoise, schedule, request.noisy, np.array(along), stir)
+        fresh = FreshNoise(keys, controls.eta, controls.temperature)
+        image, on_the_way = solver(sampler).solve(denoise, schedule, request.noisy, np.array(along), fresh)
         return to_bytes(image), to_bytes(jnp.moveaxis(on_the_way, 0, 1)) if trace else None
 
     return draw

@@ -1,6 +1,7 @@
 """Files that are whole or not there: written beside their place, then renamed."""
 
-import os
+import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a name beside `path`, in a folder made if need be; it becomes `path` only if nothing is raised."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield beside
@@ -21,10 +22,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def writable(folder: Path) -> None:
     """Make a folder, and raise OSError with its name if nothing can be written into it."""
-    probe = folder / f".probe{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise OSError(f"{folder} cannot be written ({error.strerror}); choose another folder") from error

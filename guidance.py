@@ -1,7 +1,8 @@
 """What is done to the estimates on their way from the network to the solver: wrappers around `denoise`.
 
-Each takes a `denoise(noisy, t)` and gives another, so they compose in any order and no solver knows of them. Each has
-a value at which it changes nothing: guidance 1, rescale 0, the interval from 0 to 1, a mask that is True everywhere.
+Each gives a `denoise(noisy, t)`, so they nest, and no solver knows of them. Each has a value at which it changes
+nothing: guidance 1, rescale 0, the interval from 0 to 1, a mask that is True everywhere; thresholds leave alone what
+is in range.
 """
 
 from collections.abc import Callable
@@ -21,7 +22,7 @@ def guided(both: Both, guidance: Float[Array, ""], rescale: Float[Array, ""]) ->
     both(noisy, t) gives the positive and the negative estimate: with the caption and without it, or with a negative
     prompt; or both with it, the negative by a worse network (autoguidance, Karras et al. 2024, Eq. 3). guidance 0 is
     the negative estimate, 1 the positive one. rescale (0 … 1) brings the contrast that guidance adds back to that of
-    the positive estimate (Lin et al. 2024, Eq. 15 and 16), here about each picture's mean, so that white stays white.
+    the positive estimate (Lin et al. 2024, Eq. 15 and 16), here about each picture's mean, so that none turns darker.
     """
 
     def denoise(noisy: Float[Array, "b h w c"], t: Int[Array, "b"]) -> Float[Array, "b h w c"]:

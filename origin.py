@@ -1,5 +1,6 @@
 """Where a picture comes from: all that it takes to draw it again, in the text of its own PNG."""
 
+import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
@@ -31,19 +32,19 @@ class Origin:
     def of(cls, path: Path) -> "Origin":
         """What a PNG remembers; ValueError where it is none of ours."""
         with Image.open(path) as picture:
-            text = dict(getattr(picture, "text", {}))
+            text = getattr(picture, "text", {})
         read = {
             "seed": int,
             "size": int,
             "strength": float,
-            "sampling": lambda value: Sampling.from_json(json.loads(value)),
+            "sampling": lambda text: Sampling.from_json(json.loads(text)),
         }
+        own = {field.name for field in dataclasses.fields(cls)} & set(text)  # other programs may have added theirs
         try:
-            return cls(**{name: read.get(name, str)(value) for name, value in text.items()})
+            return cls(**{name: read.get(name, str)(text[name]) for name in own})
         except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"{path} does not say how it was drawn ({error}); name a PNG written by test.py"
-            ) from error
+            why = f"does not say how it was drawn ({error})"
+            raise ValueError(f"{path} {why}; name a PNG written by test.py or generate_image") from error
 
 
 def sha256(array: np.ndarray) -> str:

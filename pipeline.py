@@ -4,8 +4,8 @@
     DiffusionPipeline("models_vA0/final").generate_image("red heart", "heart.png", cfg=True, c=7)
 
 The same prompt, seed and sampling give the same picture, whatever else is drawn beside it: each picture starts from
-noise of its own seed, and the network always runs on batches of one fixed size. Nothing here changes after __init__,
-so several threads may draw at once.
+noise of its own seed, and the network always runs on batches of one fixed size. Drawing changes nothing here, so
+several threads may draw at once.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ import dataset
 import device
 import schedule as schedules
 from dataloader import on_white, to_float
-from drawing import Knobs, Request, build_draw, noise_of, slerp
+from drawing import Controls, Request, build_draw, noise_of, slerp
 from files import writable
 from grids import as_picture, save_png
 from model import UNet
@@ -100,7 +100,7 @@ class DiffusionPipeline:
         guide: tuple[Params, nnx.GraphDef, dict] | None = None,
     ) -> None:
         self.config, self.encoder, self.weights = config, encoder, weights
-        self.guide_weights = guide and guide[2]
+        self.guide_config, self.guide_weights = (guide[0], guide[2]) if guide else (None, None)
         self.shape = (config.H, config.W, config.CHANNELS)
         self.schedule = schedules.cosine(config.T)
         self.batch = 16 if device.on_accelerator() else 1  # pictures per call; a CPU is as fast with one as with many
@@ -109,7 +109,9 @@ class DiffusionPipeline:
     @cached_property
     def hash(self) -> str:
         """SHA-256 of all that draws: weights, configuration, encoder, guide."""
-        digest = hashlib.sha256(json.dumps([self.config.to_json(), self.encoder.identity["sha256"]]).encode())
+        guide = self.guide_config and self.guide_config.to_json()
+        identity = [self.config.to_json(), guide, self.encoder.identity["sha256"]]
+        digest = hashlib.sha256(json.dumps(identity).encode())
         for path, leaf in jax.tree.leaves_with_path((self.weights, self.guide_weights)):
             digest.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
         return digest.hexdigest()
@@ -141,11 +143,15 @@ class DiffusionPipeline:
             field: value for field, value in {**named, "negative_prompt": negative_prompt}.items() if value is not None
         }
         sampling = dataclasses.replace(sampling or Sampling(), **named)
-        if output_path is not None:
-            writable(Path(output_path).parent)
+        origin = self.origin(prompt, seed, sampling, edit=edit, size=size)  # refuses what is wrong before any work
+        path = output_path and Path(output_path)
+        if path:
+            if path.suffix.lower() != ".png" or path.is_dir():
+                raise ValueError(f"output_path = {output_path}: name a file that ends in .png")
+            writable(path.parent)
         image = self.generate_images([prompt], sampling, seeds=seed, edit=edit, size=size)[0]
-        if output_path is not None:
-            save_png(image, Path(output_path), self.origin(prompt, seed, sampling, edit=edit, size=size).to_text())
+        if path:
+            save_png(image, path, origin.to_text())
         return image
 
     def generate_images(
@@ -158,7 +164,7 @@ class DiffusionPipeline:
         size: int | None = None,
     ) -> list[Image.Image]:
         """Draw any number of prompts, each from its own seed (or all from one)."""
-        if size is not None and not 1 <= size <= 8192:
+        if size is not None and not (isinstance(size, int) and 1 <= size <= 8192):
             raise ValueError(f"size = {size}: allowed are whole numbers of pixels from 1 to 8192")
         images = [as_picture(picture) for picture in self.generate_arrays(prompts, sampling, seeds=seeds, edit=edit)]
         if size is None:
@@ -177,7 +183,7 @@ class DiffusionPipeline:
         """As generate_images, as one array of bytes."""
         if isinstance(prompts, str):
             raise ValueError("prompts is one text: give a list of prompts, or call generate_image")
-        seeds = [seeds] * len(prompts) if isinstance(seeds, int | np.integer) else list(seeds)
+        seeds = list(seeds) if isinstance(seeds, Sequence | np.ndarray) else [seeds] * len(prompts)
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one seed, or one for each prompt")
         captions = [[prompt] for prompt in prompts]
@@ -197,6 +203,10 @@ class DiffusionPipeline:
         """
         if not 2 <= frames <= 1000:
             raise ValueError(f"frames = {frames}: allowed are whole numbers from 2 to 1000")
+        if seeds[0] != seeds[1] and self.resolved(sampling or Sampling()).eta > 0:
+            raise ValueError(
+                "eta is above 0: fresh noise has no way from one seed to another; take eta = 0 or one seed"
+            )
         share = np.linspace(0, 1, frames, dtype=np.float32)
         noise = slerp(*self._noise(seeds), share)
         mix = np.stack([1 - share, share], axis=1)
@@ -233,7 +243,7 @@ class DiffusionPipeline:
         if origin.checkpoint != self.hash:
             raise ValueError(
                 f"the picture was drawn by checkpoint {origin.checkpoint[:12]}…, this one is {self.hash[:12]}…; "
-                "name its own with --checkpoint (and --ema, --guide)"
+                "name its own (and the ema and guide that drew it)"
             )
         edit = edit and edit._replace(strength=origin.strength)
         again = self.origin(origin.prompt, origin.seed, origin.sampling, edit=edit, size=origin.size)
@@ -241,7 +251,7 @@ class DiffusionPipeline:
             then, now = getattr(origin, field), getattr(again, field)
             if then != now:
                 missing = "it started from one; bring it" if now is None else "it started from another or none"
-                raise ValueError(f"--{field} is not what the picture was drawn with: {missing}")
+                raise ValueError(f"{field} is not what the picture was drawn with: {missing}")
         options = {"seeds": origin.seed, "edit": edit, "size": origin.size}
         return self.generate_images([origin.prompt], origin.sampling, **options)[0]
 
@@ -253,9 +263,10 @@ class DiffusionPipeline:
         return dataclasses.replace(sampling, eta=float(eta), steps=steps)
 
     def _noise(self, seeds: Sequence[int]) -> Float[np.ndarray, "n h w c"]:
-        if not all(0 <= seed < 2**31 for seed in seeds):
-            raise ValueError(f"seed = {list(seeds)}: allowed are whole numbers from 0 to {2**31 - 1}")
-        return np.array([noise_of(np.int32(seed), self.shape) for seed in seeds]).reshape(-1, *self.shape)
+        for seed in seeds:
+            if not (isinstance(seed, int | np.integer) and 0 <= seed < 2**31):
+                raise ValueError(f"seed = {seed}: allowed are whole numbers from 0 to {2**31 - 1}")
+        return np.array([noise_of(np.int32(seed), self.shape) for seed in seeds]).reshape(len(seeds), *self.shape)
 
     def _drawn(
         self,
@@ -268,6 +279,8 @@ class DiffusionPipeline:
         trace: bool = False,
     ) -> tuple[UInt8[np.ndarray, "n h w c"], UInt8[np.ndarray, "n s h w c"] | None]:
         """Pictures from k captions each and the noise that they start from, in batches of one size."""
+        if not captions:
+            return np.zeros((0, *self.shape), np.uint8), None
         if any(not prompt.strip() for each in captions for prompt in each):
             raise ValueError("the prompt is empty: say in a few words what to draw")
         sampling = self.resolved(sampling or Sampling())
@@ -278,40 +291,40 @@ class DiffusionPipeline:
         if edit is not None:
             strength, image, mask = self._known(edit)
             along = along[-1 - max(1, round(strength * sampling.steps)) :]
-            image = jnp.broadcast_to(to_float(jnp.asarray(image))[None], noise.shape)
-            start = jnp.full(len(noise), along[0])
-            noise = schedules.add_noise(self.schedule, image, jnp.asarray(noise), start)
+            image = np.asarray(to_float(jnp.asarray(image)))
+            noise = self.schedule.alpha[along[0]].item() * image + self.schedule.sigma[along[0]].item() * noise
             if mask is not None:
-                known, drawn = np.asarray(image), np.broadcast_to(mask[None], (len(noise), *mask.shape))
+                known, drawn = (np.broadcast_to(part, (len(noise), *part.shape)) for part in (image, mask))
 
+        n = len(captions)
         flat = [prompt for each in captions for prompt in each]
-        text = [part.reshape(len(captions), -1, *part.shape[1:]) for part in self.encoder(flat, self.config.TEXT_LEN)]
+        text = self.encoder([*flat, sampling.negative_prompt], self.config.TEXT_LEN)
+        captioned = (part[:-1].reshape(n, -1, *part.shape[1:]) for part in text)
         noise, mix, seeds = np.asarray(noise, np.float32), np.asarray(mix, np.float32), np.asarray(seeds, np.int32)
-        every = Request(noise, seeds, *text, mix, known, drawn)
-        knobs = self._knobs(sampling)
+        every = Request(noise, seeds, *captioned, mix, known, drawn)
+        controls = self._controls(sampling, *(part[-1] for part in text))
         pictures, steps = [], []
-        for first in range(0, len(captions), self.batch):
+        for first in range(0, n, self.batch):
             part = jax.tree.map(lambda array, first=first: array[first : first + self.batch], every)
             padded = jax.tree.map(lambda array: np.resize(array, (self.batch, *array.shape[1:])), part)
             options = {"sampler": sampling.sampler, "along": tuple(along.tolist()), "trace": trace}
-            image, on_the_way = self._draw(self.weights, self.guide_weights, padded, knobs, **options)
+            image, on_the_way = self._draw(self.weights, self.guide_weights, padded, controls, **options)
             pictures.append(self._finished(image, sampling)[: len(part.seeds)])
             steps += [self._finished(on_the_way, sampling)[: len(part.seeds)]] if trace else []
-        if not pictures:
-            return np.zeros((0, *self.shape), np.uint8), None
         return np.concatenate(pictures), np.concatenate(steps) if trace else None
 
-    def _knobs(self, sampling: Sampling) -> Knobs:
-        negative_emb, negative_mask = self.encoder([sampling.negative_prompt], self.config.TEXT_LEN)
-        return Knobs(
+    def _controls(
+        self, sampling: Sampling, negative_emb: Float[np.ndarray, "l d"], negative_mask: Bool[np.ndarray, "l"]
+    ) -> Controls:
+        return Controls(
             guidance=None if sampling.c == 1 else np.float32(sampling.c),
             rescale=np.float32(sampling.rescale),
             interval=None if sampling.interval == (0.0, 1.0) else np.float32(sampling.interval),
             percentile=None if sampling.percentile is None else np.float32(sampling.percentile),
             eta=np.float32(sampling.eta),
             temperature=np.float32(sampling.temperature),
-            negative_emb=negative_emb[0],
-            negative_mask=negative_mask[0],
+            negative_emb=negative_emb,
+            negative_mask=negative_mask,
         )
 
     def _finished(self, image: UInt8[Array, "b ... c"], sampling: Sampling) -> UInt8[np.ndarray, "b ... c"]:

@@ -8,12 +8,14 @@ A solver walks down a list of timesteps t_0 > t_1 > … > t_n. All it knows of n
 so a step needs one thing only: the mean of the estimates over it, under the weight e^λ. Solvers differ in their guess:
 
     ddim       the estimate at the start of the step                       order 1
-    heun       the average of the estimates at start and end               order 2, two evaluations per step
+    heun       a line through the estimates at start and end               order 2, two evaluations per step
     dpmpp_2m   a line through the last two estimates, at half a step       order 2
     dpmpp_3m   a parabola through the last three, averaged exactly         order 3
 
-Each of them turns stochastic with eta: that share of the noise which a step takes along is forgotten and drawn afresh;
-eta = 0 is the ODE, eta = 1 ancestral sampling. To add a solver, write a function and add its line to SOLVERS.
+Each of them turns stochastic with eta: 0 solves the ODE, from the same noise to the same picture; 1 forgets as much of
+the noise at each step, and draws it afresh, as ancestral sampling does. The orders are those of the ODE.
+
+To add a solver, write a function and add its line to SOLVERS.
 """
 
 from collections.abc import Callable
@@ -38,8 +40,8 @@ def trailing(schedule: Schedule, steps: int) -> Num[np.ndarray, "n"]:
 
 
 def leading(schedule: Schedule, steps: int) -> Num[np.ndarray, "n"]:
-    """Evenly spaced from 1 up; it begins below T, where the picture is not all noise (Lin et al. 2024, Table 2)."""
-    return 1 + np.arange(steps)[::-1] * (schedule.T // steps)
+    """Evenly spaced from 1 up; it begins below T, where a picture is not all noise (Lin et al. 2024, Table 2)."""
+    return 1 + np.arange(steps)[::-1] * schedule.T / steps
 
 
 def linspace(schedule: Schedule, steps: int) -> Num[np.ndarray, "n"]:
@@ -48,10 +50,14 @@ def linspace(schedule: Schedule, steps: int) -> Num[np.ndarray, "n"]:
 
 
 def log_snr(schedule: Schedule, steps: int) -> Num[np.ndarray, "n"]:
-    """Evenly spaced in log SNR (Lu et al. 2022a, Section 3.4), as far as whole timesteps, each used once, allow."""
+    """From T, then evenly spaced in log SNR (Lu et al. 2022a, Section 3.4), as far as whole timesteps allow.
+
+    It counts from -10 up: below that a picture is nothing but noise.
+    """
     of_t = np.asarray(schedule.log_snr, np.float64)[1:]
-    t = 1 + np.abs(of_t[:, None] - np.linspace(of_t[-1], of_t[0], steps)).argmin(axis=0)
-    number = np.arange(steps)
+    wanted = np.linspace(max(of_t[-1], -10), of_t[0], steps)
+    t = 1 + np.abs(of_t[:, None] - wanted).argmin(axis=0)
+    t[0], number = schedule.T, np.arange(steps)
     return np.maximum(np.minimum.accumulate(t + number) - number, steps - number)
 
 
@@ -70,11 +76,11 @@ def timesteps(schedule: Schedule, spacing: str, steps: int) -> Int[np.ndarray, "
 # One step
 
 
-class Stir(NamedTuple):
-    """Fresh noise for stochastic solving: a key for each picture, so that none depends on the others in its batch."""
+class FreshNoise(NamedTuple):
+    """Noise for stochastic solving: a key for each picture, so that none depends on the others in its batch."""
 
     keys: Key[Array, "b"]
-    eta: Float[Array, ""]  # share of the noise that is drawn afresh, 0 … 1
+    eta: Float[Array, ""]  # 0: none; 1: as much as ancestral sampling
     temperature: Float[Array, ""]  # size of the fresh noise; 1 is the one that the theory asks for
 
 
@@ -104,23 +110,26 @@ def widths(schedule: Schedule, timesteps: Int[np.ndarray, "n"]) -> Float[np.ndar
 
 
 def advance(
-    noisy: Float[Array, "b h w c"], denoised: Float[Array, "b h w c"], step: Steps, stir: Stir
+    noisy: Float[Array, "b h w c"], denoised: Float[Array, "b h w c"], step: Steps, fresh: FreshNoise
 ) -> Float[Array, "b h w c"]:
-    """One step towards `denoised`, eta of the noise drawn afresh  (Song et al. 2021a, Eq. 12 and 16)."""
+    """One step towards `denoised`, eta times the noise of ancestral sampling drawn afresh  (Song et al. 2021a, Eq. 16).
+
+    The share of `noisy` that is left is sqrt(sigma'² - new²) / sigma, here in a form that loses no digits at eta = 1.
+    """
     survives = (step.alpha * step.sigma_next) / (step.alpha_next * step.sigma)  # e^-h, h the step's length in λ
-    fresh = stir.eta * step.sigma_next * jnp.sqrt(1 - survives**2)
-    share = jnp.sqrt(step.sigma_next**2 - fresh**2) / step.sigma
-    along = share * noisy + (step.alpha_next - share * step.alpha) * denoised
-    keys = jax.vmap(jax.random.fold_in, (0, None))(stir.keys, step.number)
+    new = fresh.eta * step.sigma_next * jnp.sqrt((1 - survives) * (1 + survives))
+    left = step.sigma_next / step.sigma * jnp.sqrt((1 - fresh.eta) * (1 + fresh.eta) + (fresh.eta * survives) ** 2)
+    along = left * noisy + (step.alpha_next - left * step.alpha) * denoised
+    keys = jax.vmap(jax.random.fold_in, (0, None))(fresh.keys, step.number)
     noise = jax.vmap(lambda key: jax.random.normal(key, noisy.shape[1:]))(keys)
-    return along + stir.temperature * fresh * noise
+    return along + fresh.temperature * new * noise
 
 
-# Solvers: (denoise, schedule, noisy at timesteps[0], timesteps, stir) -> picture, and the estimate at each step
+# Solvers: (denoise, schedule, noisy at timesteps[0], timesteps, fresh) -> picture, and the estimate at each step
 
 
 def multistep(
-    denoise: Denoise, noisy: Float[Array, "b h w c"], steps: Steps, stir: Stir, weights: Float[np.ndarray, "n k"]
+    denoise: Denoise, noisy: Float[Array, "b h w c"], steps: Steps, fresh: FreshNoise, weights: Float[np.ndarray, "n k"]
 ) -> tuple[Float[Array, "b h w c"], Float[Array, "n b h w c"]]:
     """Step towards a weighted sum of the last k estimates, the newest first."""
 
@@ -129,7 +138,7 @@ def multistep(
         now, weight = at
         estimates = jnp.concatenate([denoise(noisy, jnp.full(len(noisy), now.t))[None], earlier])
         mean = (weight[:, None, None, None, None] * estimates).sum(axis=0)
-        return (advance(noisy, mean, now, stir), estimates[:-1]), estimates[0]
+        return (advance(noisy, mean, now, fresh), estimates[:-1]), estimates[0]
 
     earlier = jnp.zeros((weights.shape[1] - 1, *noisy.shape))
     (image, _), estimates = jax.lax.scan(step, (noisy, earlier), (steps, jnp.asarray(weights, jnp.float32)))
@@ -137,67 +146,98 @@ def multistep(
 
 
 def ddim(
-    denoise: Denoise, schedule: Schedule, noisy: Float[Array, "b h w c"], timesteps: Int[np.ndarray, "n"], stir: Stir
+    denoise: Denoise,
+    schedule: Schedule,
+    noisy: Float[Array, "b h w c"],
+    timesteps: Int[np.ndarray, "n"],
+    fresh: FreshNoise,
 ) -> tuple[Float[Array, "b h w c"], Float[Array, "n-1 b h w c"]]:
     """Keep the estimated noise, lower its share (Song et al. 2021a); with eta = 1, DDPM's ancestral sampling."""
-    return multistep(denoise, noisy, steps_along(schedule, timesteps), stir, np.ones((len(timesteps) - 1, 1)))
+    return multistep(denoise, noisy, steps_along(schedule, timesteps), fresh, np.ones((len(timesteps) - 1, 1)))
+
+
+def extrapolated(h: Float[np.ndarray, "n"]) -> list[int]:
+    """The steps that may look ahead: not the first, not one to t = 0, none over twice as long as the one before it."""
+    return [i for i in range(1, len(h)) if h[i] <= 2 * h[i - 1] and np.isfinite(h[i])]
 
 
 def dpmpp_2m(
-    denoise: Denoise, schedule: Schedule, noisy: Float[Array, "b h w c"], timesteps: Int[np.ndarray, "n"], stir: Stir
+    denoise: Denoise,
+    schedule: Schedule,
+    noisy: Float[Array, "b h w c"],
+    timesteps: Int[np.ndarray, "n"],
+    fresh: FreshNoise,
 ) -> tuple[Float[Array, "b h w c"], Float[Array, "n-1 b h w c"]]:
-    """DPM-Solver++(2M)  (Lu et al. 2022b, Algorithm 2); the first step and the one to t = 0 are of first order."""
+    """DPM-Solver++(2M)  (Lu et al. 2022b, Algorithm 2); with eta = 1, its SDE variant (Appendix B)."""
     h = widths(schedule, timesteps)
     weights = np.zeros((len(h), 2))
     weights[:, 0] = 1
-    second = np.flatnonzero(np.isfinite(h[1:])) + 1
-    weights[second] += (h[second] / (2 * h[second - 1]))[:, None] * [1, -1]
-    return multistep(denoise, noisy, steps_along(schedule, timesteps), stir, weights)
+    for i in extrapolated(h):
+        weights[i] += h[i] / (2 * h[i - 1]) * np.array([1, -1])
+    return multistep(denoise, noisy, steps_along(schedule, timesteps), fresh, weights)
+
+
+def mean_under_exp(h: float) -> float:
+    """The mean of u over 0 … h under the weight e^u."""
+    return h / -np.expm1(-h) - 1
 
 
 def dpmpp_3m(
-    denoise: Denoise, schedule: Schedule, noisy: Float[Array, "b h w c"], timesteps: Int[np.ndarray, "n"], stir: Stir
+    denoise: Denoise,
+    schedule: Schedule,
+    noisy: Float[Array, "b h w c"],
+    timesteps: Int[np.ndarray, "n"],
+    fresh: FreshNoise,
 ) -> tuple[Float[Array, "b h w c"], Float[Array, "n-1 b h w c"]]:
     """DPM-Solver++(3M): the parabola through the last three estimates, in Newton's form over u = λ - λ_now,
 
         denoised(u) = D + u f + u (u + h₁) g,     f = [now, before],  g = [now, before, the one before that]
 
-    averaged under e^u over the step: u by its mean m₁, u² by its mean m₂. One order lower at the second step.
+    averaged under e^u over the step, as the ODE asks: u by its mean m₁, u² by its mean m₂. One order lower where there
+    are only two estimates.
     """
     h = widths(schedule, timesteps)
     weights = np.zeros((len(h), 3))
     weights[:, 0] = 1
-    for i in np.flatnonzero(np.isfinite(h[1:])) + 1:
-        m1 = h[i] / -np.expm1(-h[i]) - 1
-        m2 = (h[i] ** 2 - 2 * h[i] - 2 * np.expm1(-h[i])) / -np.expm1(-h[i])
+    for i in extrapolated(h):
+        m1 = mean_under_exp(h[i])
         f = np.array([1, -1, 0]) / h[i - 1]
         weights[i] += m1 * f
         if i > 1:
+            m2 = (h[i] ** 2 - 2 * h[i] - 2 * np.expm1(-h[i])) / -np.expm1(-h[i])
             g = (f - np.array([0, 1, -1]) / h[i - 2]) / (h[i - 1] + h[i - 2])
             weights[i] += (m2 + h[i - 1] * m1) * g
-    return multistep(denoise, noisy, steps_along(schedule, timesteps), stir, weights)
+    return multistep(denoise, noisy, steps_along(schedule, timesteps), fresh, weights)
 
 
 def heun(
-    denoise: Denoise, schedule: Schedule, noisy: Float[Array, "b h w c"], timesteps: Int[np.ndarray, "n"], stir: Stir
+    denoise: Denoise,
+    schedule: Schedule,
+    noisy: Float[Array, "b h w c"],
+    timesteps: Int[np.ndarray, "n"],
+    fresh: FreshNoise,
 ) -> tuple[Float[Array, "b h w c"], Float[Array, "n-1 b h w c"]]:
-    """Heun's rule: try the step, estimate again at its end, then take it with the average of both.
+    """Heun's rule: try the step, estimate again at its end, then take it with the mean of the line between the two.
 
-    That is Karras et al. 2022, Algorithm 1, on the exponential form above instead of a straight line in sigma / alpha,
-    which no step from pure noise could follow. A step to t = 0 is not corrected: 2 steps - 1 evaluations in all.
+    That is Karras et al. 2022, Algorithm 1, on the exponential form above (Cox & Matthews 2002, ETD2RK) instead of a
+    straight line in sigma / alpha, which no step from pure noise could follow. A step to t = 0 is not corrected, so n
+    steps take 2 n - 1 evaluations.
     """
-    still = stir._replace(eta=jnp.zeros(()))
+    h = widths(schedule, timesteps)
+    at_end = jnp.asarray([mean_under_exp(each) / each if np.isfinite(each) else 0.0 for each in h], jnp.float32)
+    still = fresh._replace(eta=jnp.zeros(()))
 
-    def step(noisy: Float[Array, "b h w c"], at: Steps):
-        start = denoise(noisy, jnp.full(len(noisy), at.t))
+    def step(noisy: Float[Array, "b h w c"], at: tuple[Steps, Float[Array, ""]]):
+        now, share = at
+        start = denoise(noisy, jnp.full(len(noisy), now.t))
         end = jax.lax.cond(
-            at.sigma_next > 0,
-            lambda: denoise(advance(noisy, start, at, still), jnp.full(len(noisy), at.t_next)),
+            now.sigma_next > 0,
+            lambda: denoise(advance(noisy, start, now, still), jnp.full(len(noisy), now.t_next)),
             lambda: start,
         )
-        return advance(noisy, (start + end) / 2, at, stir), start
+        return advance(noisy, start + share * (end - start), now, fresh), start
 
-    return jax.lax.scan(step, noisy, steps_along(schedule, timesteps))
+    return jax.lax.scan(step, noisy, (steps_along(schedule, timesteps), at_end))
 
 
 class Solver(NamedTuple):

@@ -3,42 +3,62 @@
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
-RANGES = {  # lowest and highest allowed value
-    "c": (0.0, math.inf),
-    "steps": (1, 100_000),
-    "eta": (0.0, 1.0),
-    "temperature": (0.0, 10.0),
-    "rescale": (0.0, 1.0),
-    "percentile": (0.0, 1.0),
+Sampler = Literal["ddim", "ddpm", "heun", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m"]  # keys of samplers.SOLVERS
+Spacing = Literal["trailing", "leading", "linspace", "log_snr"]  # keys of samplers.SPACINGS
+
+NUMBERS = {  # kind, lowest and highest allowed value
+    "c": (float, 0, 1000),
+    "steps": (int, 1, 100_000),
+    "eta": (float, 0, 1),
+    "temperature": (float, 0, 10),
+    "rescale": (float, 0, 1),
+    "percentile": (float, 0, 1),
 }
+OPEN = ("steps", "eta", "percentile")  # may be None
 
 
 @dataclass(frozen=True)
 class Sampling:
     c: float = 7.0  # guidance: 1 follows the caption as learned and takes half the time, more insists on it
     negative_prompt: str = ""  # what to steer away from; if nothing is said, from the empty caption
-    sampler: str = "dpmpp_2m"  # ddim, ddpm, heun, dpmpp_2m, dpmpp_2m_sde or dpmpp_3m
+    sampler: Sampler = "dpmpp_2m"  # how to walk from noise to picture
     steps: int | None = None  # of the sampler; 20 if nothing is said
-    spacing: str = "trailing"  # of the steps: trailing, leading, linspace or log_snr
-    eta: float | None = None  # share of the noise drawn afresh; if nothing is said, 1 for ddpm and dpmpp_2m_sde, else 0
-    temperature: float = 1.0  # size of the noise drawn afresh
+    spacing: Spacing = "trailing"  # of the steps
+    eta: float | None = (
+        None  # fresh noise: 0 none, 1 ancestral; if nothing is said, 1 for ddpm and dpmpp_2m_sde, else 0
+    )
+    temperature: float = 1.0  # size of the fresh noise
     rescale: float = 0.0  # share by which the contrast that guidance adds is taken back
     interval: tuple[float, float] = (0.0, 1.0)  # noise levels t / T that are guided
     percentile: float | None = None  # dynamic thresholding; if nothing is said, estimates are clipped
     on_white: bool = False  # draw a picture with transparency on white
 
     def __post_init__(self):
-        for field, (low, high) in RANGES.items():
+        for field, (kind, low, high) in NUMBERS.items():
             value = getattr(self, field)
-            if value is not None and not (math.isfinite(value) and low <= value <= high):
-                raise ValueError(f"{field} = {value}: allowed are finite numbers from {low:g} to {high:g}")
-        low, high = self.interval
-        if not 0 <= low <= high <= 1:
+            if value is None and field in OPEN:
+                continue
+            try:
+                number = kind(value)
+                right = number == value and low <= number <= high
+            except (TypeError, ValueError, OverflowError):
+                right = False
+            if not right:
+                what = "whole numbers" if kind is int else "numbers"
+                raise ValueError(f"{field} = {value!r}: allowed are {what} from {low} to {high}")
+            object.__setattr__(self, field, number)  # a plain number, that JSON can keep, of whatever it was
+        for field, allowed in (("sampler", get_args(Sampler)), ("spacing", get_args(Spacing))):
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{field} = {getattr(self, field)!r}: allowed are {', '.join(allowed)}")
+        ends = tuple(map(float, self.interval))
+        if len(ends) != 2 or not 0 <= ends[0] <= ends[1] <= 1 or math.isnan(sum(ends)):
             raise ValueError(f"interval = {self.interval}: allowed are two numbers with 0 <= low <= high <= 1")
+        object.__setattr__(self, "interval", ends)
         if self.negative_prompt and self.c == 1:
             raise ValueError(
-                f"negative_prompt = {self.negative_prompt!r} has no effect at c = 1: raise c or leave it out"
+                f"negative_prompt = {self.negative_prompt!r} does nothing at c = 1: raise c or leave it out"
             )
 
     def to_json(self) -> dict:

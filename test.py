@@ -57,7 +57,7 @@ def main() -> None:
             Options, description=__doc__, default=Options(Sampling()), use_underscores=True, config=from_flags
         )
     except ValueError as error:  # of Sampling, which says which field is wrong and what is allowed
-        sys.exit(f"test.py: --{error}")
+        sys.exit(f"test.py: {error}")
     from checkpoint import CheckpointError
     from text_encoder import EncoderError
 
@@ -69,7 +69,7 @@ def main() -> None:
 
 def draw(options: Options) -> str:
     """Do what the options ask for; what was written where."""
-    one_of("--like", "--to, --to_seed", "--sweep_c, --sweep_steps", "--animate", among=options)
+    one_thing_at_a_time(options)
     if not 8 <= options.size <= 2048:
         raise ValueError(f"--size {options.size}: allowed are whole numbers of pixels from 8 to 2048")
     if options.image is None and (options.mask or options.strength is not None):
@@ -89,12 +89,32 @@ def draw(options: Options) -> str:
     return pictures(pipeline, options, prompts, edit)
 
 
-def one_of(*groups: str, among: Options) -> None:
-    """Refuse options that ask for different things."""
-    given = {f"--{field}" for field, value in vars(among).items() if value not in (None, (), False)}
-    asked = [group for group in groups if given & set(group.split(", "))]
-    if len(asked) > 1:
-        raise ValueError(f"{' and '.join(asked)} ask for different things: give one of them at a time")
+MODES = {  # what else goes with each of them
+    "--like": {"output", "image", "mask"},
+    "--to": {"to_seed", "frames", "output", "size"},
+    "--to_seed": {"to", "frames", "output", "size"},
+    "--sweep_c": {"sweep_steps", "output", "size", "image", "mask", "strength"},
+    "--sweep_steps": {"sweep_c", "output", "size", "image", "mask", "strength"},
+}
+
+
+def one_thing_at_a_time(options: Options) -> None:
+    """Refuse options that would be ignored beside the one that says what to do."""
+    default = Options(Sampling())
+    given = {field for field in vars(options) if getattr(options, field) != getattr(default, field)}
+    for mode, beside in MODES.items():
+        if mode[2:] not in given:
+            continue
+        beside = beside | {mode[2:], "checkpoint", "encoder", "ema", "guide"}
+        if mode != "--like":
+            beside |= {"sampling", "prompts", "seed"}
+            if len(options.prompts) > 1:
+                raise ValueError(f"{mode} draws one prompt, not {len(options.prompts)}: give one with --prompts")
+        if ignored := given - beside:
+            named = ", ".join("the sampling" if field == "sampling" else f"--{field}" for field in sorted(ignored))
+            raise ValueError(f"{mode} and {named} ask for different things: give one of them at a time")
+    if "frames" in given and not given & {"to", "to_seed"}:
+        raise ValueError("--frames is about a way: say where it leads with --to or --to_seed")
 
 
 def pictures(pipeline, options: Options, prompts: list[str], edit) -> str:
@@ -120,16 +140,15 @@ def pictures(pipeline, options: Options, prompts: list[str], edit) -> str:
 def on_the_way(pipeline, options: Options, prompt: str) -> str:
     from grids import captioned_grid, save_gif, save_png
 
-    if options.image is not None:
-        raise ValueError("--image and --to ask for different things: a way begins and ends in noise")
     to = prompt if options.to is None else options.to
     seeds = (options.seed, options.seed if options.to_seed is None else options.to_seed)
     images = pipeline.interpolate((prompt, to), options.sampling, seeds=seeds, frames=options.frames)
     shares = [f"{i / (len(images) - 1):.0%}" for i in range(len(images))]
     shares[0], shares[-1] = f"{prompt}, seed {seeds[0]}", f"{to}, seed {seeds[1]}"
-    path = options.output / f"{file_name(prompt)}_to_{file_name(to)}.png"
-    save_png(captioned_grid(images, shares, columns=len(images), cell=options.size), path)
-    save_gif([*images, *images[-2:0:-1]], path.with_suffix(".gif"), cell=options.size)
+    path = options.output / f"{file_name(prompt)}_{seeds[0]}_to_{file_name(to)}_{seeds[1]}.png"
+    told = pipeline.origin(prompt, seeds[0], options.sampling).to_text() | {"to": to, "to_seed": str(seeds[1])}
+    save_png(captioned_grid(images, shares, columns=len(images), cell=options.size), path, told)
+    save_gif([*images, *images[-2::-1]], path.with_suffix(".gif"), cell=options.size)
     return f"{path} and {path.with_suffix('.gif').name} written: {len(images)} pictures from {prompt!r} to {to!r}"
 
 
@@ -138,14 +157,13 @@ def sweep(pipeline, options: Options, prompt: str, edit) -> str:
 
     guidances = options.sweep_c or (options.sampling.c,)
     steps = options.sweep_steps or (pipeline.resolved(options.sampling).steps,)
-    images, captions = [], []
-    for n in steps:
-        for c in guidances:
-            sampling = dataclasses.replace(options.sampling, c=c, steps=n)
-            images += pipeline.generate_images([prompt], sampling, seeds=options.seed, edit=edit)
-            captions.append(f"c {c:g}, {n} steps")
+    every = [dataclasses.replace(options.sampling, c=c, steps=n) for n in steps for c in guidances]
+    every = [pipeline.resolved(sampling) for sampling in every]  # refuses a wrong one before the first is drawn
+    images = [pipeline.generate_images([prompt], each, seeds=options.seed, edit=edit)[0] for each in every]
+    captions = [f"c {each.c:g}, {each.steps} steps" for each in every]
     path = options.output / f"sweep_{file_name(prompt)}.png"
-    save_png(captioned_grid(images, captions, columns=len(guidances), cell=options.size), path)
+    told = {"prompt": prompt, "seed": options.seed, "checkpoint": pipeline.hash, "sampling": every}
+    save_png(captioned_grid(images, captions, columns=len(guidances), cell=options.size), path, told)
     return f"{path} written: {prompt!r}, guidance from left to right, steps from top to bottom"
 
 
@@ -167,7 +185,7 @@ def again(pipeline, options: Options, edit) -> str:
 
 
 def file_name(prompt: str) -> str:
-    return re.sub(r"\W+", "_", prompt).strip("_")[:60]
+    return re.sub(r"\W+", "_", prompt).strip("_").encode()[:60].decode(errors="ignore")
 
 
 if __name__ == "__main__":

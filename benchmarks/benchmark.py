@@ -27,7 +27,7 @@ import dataloader
 import device
 import schedule
 import training
-from drawing import Knobs, Request, build_draw
+from drawing import Controls, Request, build_draw
 from params import PRESETS
 from pipeline import STEPS
 from samplers import timesteps
@@ -101,10 +101,10 @@ def main() -> None:
     one = tuple(array[:1] for array in inputs)
     zero, null = jnp.zeros(()), (data.null_emb, data.null_mask)
     request = Request(one[0], jnp.zeros(1, jnp.int32), one[2][:, None], one[3][:, None], jnp.ones((1, 1)))
-    knobs = Knobs(jnp.float32(7), zero, None, None, zero, jnp.ones(()), *null)
+    controls = Controls(jnp.float32(7), zero, None, None, zero, jnp.ones(()), *null)
 
     def draw_one() -> jax.Array:
-        return draw(state.ema.short, None, request, knobs, sampler="dpmpp_2m", along=along)[0]
+        return draw(state.ema.short, None, request, controls, sampler="dpmpp_2m", along=along)[0]
 
     def evaluations() -> None:
         """As many bare evaluations of the network on one picture as a guided drawing needs."""

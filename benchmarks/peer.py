@@ -104,7 +104,7 @@ def drawer(config, graphdef, data, *, pictures: int, steps: int) -> Callable[[di
 
     import samplers
     import schedule
-    from drawing import Knobs, Request, build_draw
+    from drawing import Controls, Request, build_draw
 
     draw = build_draw(config, graphdef)
     along = tuple(samplers.timesteps(schedule.cosine(config.T), "trailing", steps).tolist())
@@ -112,8 +112,8 @@ def drawer(config, graphdef, data, *, pictures: int, steps: int) -> Callable[[di
     captions = (data.text_emb[:pictures, None], data.text_mask[:pictures, None])
     request = Request(noise, jnp.arange(pictures), *captions, jnp.ones((pictures, 1)))
     zero, one = jnp.zeros(()), jnp.ones(())
-    knobs = Knobs(jnp.float32(7), zero, None, None, zero, one, data.null_emb, data.null_mask)
-    return lambda weights: draw(weights, None, request, knobs, sampler="ddim", along=along)[0]
+    controls = Controls(jnp.float32(7), zero, None, None, zero, one, data.null_emb, data.null_mask)
+    return lambda weights: draw(weights, None, request, controls, sampler="ddim", along=along)[0]
 
 
 def ours(config, *, pictures: int, steps: int) -> tuple[dict[str, Trial], dict]:

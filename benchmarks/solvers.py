@@ -26,6 +26,8 @@ class Options:
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__, use_underscores=True)
+    if min(options.evaluations) < 1 or options.captions < 1:
+        sys.exit("--evaluations and --captions: allowed are whole numbers from 1 up")
     import numpy as np
     from tqdm import tqdm
 

@@ -5,7 +5,7 @@ import pytest
 
 import schedule as schedules
 from guidance import guided, keeping, thresholded, within
-from samplers import SOLVERS, Stir, timesteps
+from samplers import SOLVERS, FreshNoise, timesteps
 
 POSITIVE, NEGATIVE = jax.random.normal(jax.random.key(0), (2, 2, 4, 3, 3))
 NOISY, TS = jnp.zeros((2, 4, 3, 3)), jnp.full(2, 500)
@@ -91,8 +91,8 @@ def test_known_pixels_come_back_exactly_and_travel_under_their_own_noise(name):
 
     along = timesteps(schedule, "trailing", 6)
     start = schedules.add_noise(schedule, image, noise, jnp.full(2, 1000))
-    stir = Stir(jax.vmap(jax.random.key)(jnp.arange(2)), jnp.float32(0), jnp.float32(1))
-    result, _ = SOLVERS[name].solve(keeping(network, image, drawn), schedule, start, along, stir)
+    fresh = FreshNoise(jax.vmap(jax.random.key)(jnp.arange(2)), jnp.float32(0), jnp.float32(1))
+    result, _ = SOLVERS[name].solve(keeping(network, image, drawn), schedule, start, along, fresh)
     known = ~np.broadcast_to(drawn, image.shape)
     np.testing.assert_array_equal(np.asarray(result)[known], np.asarray(image)[known])
     jax.effects_barrier()

@@ -9,7 +9,7 @@ import pytest
 
 import samplers
 import schedule as schedules
-from samplers import SOLVERS, SPACINGS, Stir, timesteps
+from samplers import SOLVERS, SPACINGS, FreshNoise, timesteps
 
 M, S = 0.3, 0.5  # mean and standard deviation of the data
 SCHEDULE = schedules.cosine(1000)
@@ -32,14 +32,16 @@ def on_the_curve(schedule, t, z, S=S):
     return alpha * M + np.sqrt(alpha**2 * S**2 + sigma**2) * z
 
 
-def stir(batch=1, eta=0.0, temperature=1.0, seed=0):
+def fresh(batch=1, eta=0.0, temperature=1.0, seed=0):
     keys = jax.vmap(jax.random.key)(seed + jnp.arange(batch))
-    return Stir(keys, jnp.float32(eta), jnp.float32(temperature))
+    return FreshNoise(keys, jnp.float32(eta), jnp.float32(temperature))
 
 
-def solve(name, noisy, along, schedule=SCHEDULE, denoise=None, **stirring):
-    run = jax.jit(lambda noisy, stir: SOLVERS[name].solve(denoise or denoiser(schedule), schedule, noisy, along, stir))
-    return run(noisy, stir(len(noisy), **stirring))[0]
+def solve(name, noisy, along, schedule=SCHEDULE, denoise=None, **freshness):
+    run = jax.jit(
+        lambda noisy, fresh: SOLVERS[name].solve(denoise or denoiser(schedule), schedule, noisy, along, fresh)
+    )
+    return run(noisy, fresh(len(noisy), **freshness))[0]
 
 
 def error(name, steps):
@@ -84,7 +86,7 @@ def test_ddpm_follows_the_posterior_of_ho_et_al_step_by_step():
     """Ho et al. 2020, Eq. 6 and 7, for steps that skip timesteps; the fresh noise is that of each picture's key."""
     noise = jax.random.normal(jax.random.key(0), (2, 3, 5, 1))
     along = timesteps(SCHEDULE, "trailing", 6)
-    keys = stir(2).keys
+    keys = fresh(2).keys
     x = np.asarray(noise, np.float64)
     alpha_bar = np.asarray(SCHEDULE.alpha, np.float64) ** 2
     for number, (t, s) in enumerate(itertools.pairwise(along)):
@@ -92,26 +94,70 @@ def test_ddpm_follows_the_posterior_of_ho_et_al_step_by_step():
         beta = 1 - alpha_bar[t] / alpha_bar[s]
         mean = np.sqrt(alpha_bar[s]) * beta / (1 - alpha_bar[t]) * denoised
         mean += np.sqrt(1 - beta) * (1 - alpha_bar[s]) / (1 - alpha_bar[t]) * x
-        fresh = jnp.stack([jax.random.normal(jax.random.fold_in(key, number), (3, 5, 1)) for key in keys])
-        x = mean + np.sqrt((1 - alpha_bar[s]) / (1 - alpha_bar[t]) * beta) * np.asarray(fresh)
+        drawn = jnp.stack([jax.random.normal(jax.random.fold_in(key, number), (3, 5, 1)) for key in keys])
+        x = mean + np.sqrt((1 - alpha_bar[s]) / (1 - alpha_bar[t]) * beta) * np.asarray(drawn)
     np.testing.assert_allclose(solve("ddpm", noise, along, eta=1.0), x, rtol=1e-3, atol=1e-4)
 
 
-def test_dpmpp_2m_follows_algorithm_2_step_by_step():
+def test_ddim_with_eta_follows_equation_16_step_by_step():
+    noise = jax.random.normal(jax.random.key(0), (2, 3, 5, 1))
+    along = timesteps(SCHEDULE, "trailing", 6)
+    keys, eta = fresh(2).keys, 0.6
+    x = np.asarray(noise, np.float64)
+    alpha_bar = np.asarray(SCHEDULE.alpha, np.float64) ** 2
+    for number, (t, s) in enumerate(itertools.pairwise(along)):
+        denoised = np.asarray(denoiser(SCHEDULE)(jnp.asarray(x, jnp.float32), jnp.full(2, t)), np.float64)
+        eps = (x - np.sqrt(alpha_bar[t]) * denoised) / np.sqrt(1 - alpha_bar[t])
+        size = eta * np.sqrt((1 - alpha_bar[s]) / (1 - alpha_bar[t]) * (1 - alpha_bar[t] / alpha_bar[s]))
+        drawn = jnp.stack([jax.random.normal(jax.random.fold_in(key, number), (3, 5, 1)) for key in keys])
+        x = np.sqrt(alpha_bar[s]) * denoised + np.sqrt(1 - alpha_bar[s] - size**2) * eps + size * np.asarray(drawn)
+    np.testing.assert_allclose(solve("ddim", noise, along, eta=eta), x, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0], ids=["ode", "sde"])
+def test_dpmpp_2m_follows_its_paper_step_by_step(eta):
+    """Lu et al. 2022b, Algorithm 2, and the SDE variant of Appendix B."""
     noise = jax.random.normal(jax.random.key(0), (2, 3, 5, 1))
     along = timesteps(SCHEDULE, "trailing", 9)
     alpha, sigma = (np.asarray(part, np.float64) for part in (SCHEDULE.alpha, SCHEDULE.sigma))
-    x, earlier, h_before = np.asarray(noise, np.float64), None, None
-    for t, s in itertools.pairwise(along):
+    keys, x, earlier, h_before = fresh(2).keys, np.asarray(noise, np.float64), None, None
+    for number, (t, s) in enumerate(itertools.pairwise(along)):
         denoised = np.asarray(denoiser(SCHEDULE)(jnp.asarray(x, jnp.float32), jnp.full(2, t)), np.float64)
         if s == 0:
             x = denoised
             break
         h = np.log(alpha[s] / sigma[s]) - np.log(alpha[t] / sigma[t])
         mean = denoised if earlier is None else (1 + h / h_before / 2) * denoised - h / h_before / 2 * earlier
-        x = sigma[s] / sigma[t] * x - alpha[s] * (np.exp(-h) - 1) * mean
+        if eta:
+            drawn = jnp.stack([jax.random.normal(jax.random.fold_in(key, number), (3, 5, 1)) for key in keys])
+            x = sigma[s] / sigma[t] * np.exp(-h) * x + alpha[s] * (1 - np.exp(-2 * h)) * mean
+            x += sigma[s] * np.sqrt(1 - np.exp(-2 * h)) * np.asarray(drawn)
+        else:
+            x = sigma[s] / sigma[t] * x - alpha[s] * (np.exp(-h) - 1) * mean
         earlier, h_before = denoised, h
-    np.testing.assert_allclose(solve("dpmpp_2m", noise, along), x, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(solve("dpmpp_2m", noise, along, eta=eta), x, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("T", [7, 100, 1000])
+def test_ancestral_steps_of_any_length_are_finite(T):
+    schedule = schedules.cosine(T)
+    pairs = samplers.steps_along(schedule, np.repeat(np.arange(T, -1, -1), 1))
+    to = samplers.Steps(*(jnp.full_like(part, part[0]) for part in pairs))._replace(
+        alpha_next=pairs.alpha_next, sigma_next=pairs.sigma_next
+    )
+    picture = jnp.ones((1, 1, 1, 1))
+    ends = jax.jit(jax.vmap(lambda step: samplers.advance(picture, picture, step, fresh(eta=1.0))))(to)
+    assert np.isfinite(ends).all()
+
+
+@pytest.mark.parametrize("name", ["heun", "dpmpp_2m", "dpmpp_3m"])
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_few_steps_of_any_spacing_are_no_worse_than_ddim(name, spacing):
+    """A long step after a short one must not be extrapolated over."""
+    along = timesteps(SCHEDULE, spacing, 10)
+    noisy = jnp.asarray(on_the_curve(SCHEDULE, along[0], np.ones((1, 1, 1, 1))), jnp.float32)
+    errors = [abs(float(solve(each, noisy, along)[0, 0, 0, 0]) - M - S) for each in (name, "ddim")]
+    assert errors[0] < 1.1 * errors[1]
 
 
 def test_dpmpp_3m_integrates_a_parabola_exactly():
@@ -206,7 +252,7 @@ def test_log_snr_spacing_is_even_in_log_snr():
     along = timesteps(FINE, "log_snr", 12)
     jumps = np.diff(np.asarray(FINE.log_snr)[along[:-1]])
     assert (along[0], along[-2]) == (20_000, 1)
-    np.testing.assert_allclose(jumps[3:], jumps[3:].mean(), rtol=0.05)  # next to T even neighbours are far apart
+    np.testing.assert_allclose(jumps[1:-1], jumps[1:-1].mean(), rtol=0.05)  # next to 0 even neighbours are far apart
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)

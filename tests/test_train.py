@@ -102,15 +102,20 @@ def test_from_nothing_to_pictures_and_on(call, tiny):
     said = call(drawing, "--like", "validation_images/test/01_red_disc.png", "--output", "again")
     assert "again/like_01_red_disc.png written: the same, pixel for pixel" in said
     said = call(drawing, "--prompts", "red disc", "--to", "green box", "--steps", "2", "--frames", "3")
-    assert "validation_images/test/red_disc_to_green_box.png and red_disc_to_green_box.gif written: 3 pictures" in said
-    assert "--like and --to, --to_seed ask for different things" in call(drawing, "--to", "x", "--like", "y.png")
+    assert "test/red_disc_0_to_green_box_0.png and red_disc_0_to_green_box_0.gif written: 3 pictures" in said
+    for words in (("--to", "x"), ("--to_seed", "0"), ("--c", "3"), ("--prompts", "x"), ("--seed", "1")):
+        assert "--like and " in call(drawing, "--like", "y.png", *words)
+    assert "--to and --image ask for different things" in call(drawing, "--to", "x", "--image", "y.png")
+    assert "--sweep_c draws one prompt, not 2" in call(drawing, "--sweep_c", "1", "--prompts", "a", "b")
+    assert "--frames is about a way" in call(drawing, "--frames", "4")
     said = call(drawing, "--prompts", "red disc", "--sweep_c", "1", "2", "--sweep_steps", "1", "2")
     assert "validation_images/test/sweep_red_disc.png written: 'red disc', guidance from left to right" in said
+    assert "steps = 5000: allowed are" in call(drawing, "--sweep_steps", "2", "5000")
     said = call(drawing, "--prompts", "red disc", "--animate", "--steps", "2", "--image", "again/like_01_red_disc.png")
     assert "1 pictures beside it with a GIF each written" in said
     assert "name it with --image" in call(drawing, "--strength", "0.5")
     assert "/proc/none cannot be written" in call(drawing, "--output", "/proc/none")
-    assert "--c = nan: allowed are" in call(drawing, "--c", "nan")
+    assert "c = nan: allowed are" in call(drawing, "--c", "nan")
     assert "no checkpoint at" in call(drawing, "--checkpoint", "elsewhere")
     assert "prompt is empty" in call(drawing, "--prompts", "")
 
@@ -161,6 +166,21 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_the_last_good_state(call, 
         train, *flags(tiny)
     )
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(weights("models_vA0/stopped", tiny)))
+
+
+def test_transparent_pictures_from_training_to_drawing(call, tiny):
+    config = dataclasses.replace(tiny, CHANNELS=4, epochs=1)
+    assert "models_vA0/final and" in call(train, *flags(config))
+    call(drawing, "--prompts", "red disc", "--steps", "3")
+    call(drawing, "--prompts", "red disc", "--steps", "3", "--on_white", "--output", "white")
+    with Image.open("validation_images/test/01_red_disc.png") as clear, Image.open("white/01_red_disc.png") as white:
+        assert (clear.mode, white.mode) == ("RGBA", "RGB")
+        page = Image.new("RGBA", clear.size, "white")
+        page.alpha_composite(clear)
+        np.testing.assert_allclose(np.asarray(page)[..., :3].astype(int), np.asarray(white).astype(int), atol=1)
+    assert "again/like_01_red_disc.png written: the same" in call(
+        drawing, "--like", "white/01_red_disc.png", "--output", "again"
+    )
 
 
 def test_a_dry_run_prints_the_cost_and_leaves_nothing(call, tiny, tmp_path):
