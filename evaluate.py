@@ -310,20 +310,18 @@ def in_features(
     subject: Subject, sets: dict[str, Captions], drawn: dict, options: Options, clock: "Clock"
 ) -> tuple[list["Score"], dict | None]:
     """What needs the extractor: captions and copies in features, realism, R-precision by a judge."""
-    import features as extractors
-
-    import packages
+    import features
     from scores import accuracy, realism
 
     try:
-        extractor = extractors.load()
-    except packages.PackageError as error:
+        extractor = features.load()
+    except features.FeatureError as error:
         note(subject, f"no scores in features: {error}")
         return [], None
     by = extractor.name
     with clock.part("features"):
-        training, heldout = features(extractor, subject.training), features(extractor, subject.heldout)
-        drawn = {on: features(extractor, images) for on, images in drawn.items()}
+        training, heldout = (features.of(extractor, images) for images in (subject.training, subject.heldout))
+        drawn = {on: features.of(extractor, images) for on, images in drawn.items()}
     with clock.part("scores in features"):
         found = accuracy(by, drawn["training"], training, sets["training"].own)
         found += neighbourhood(by, drawn, training, heldout)[0]
@@ -340,18 +338,6 @@ def in_features(
     return found, {"name": extractor.name, "identity": extractor.identity}
 
 
-def features(extractor, images: "np.ndarray") -> "np.ndarray":
-    """float32 [n, d], computed once for the same pictures."""
-    import numpy as np
-
-    from cache import cached
-
-    if not len(images):
-        return np.zeros((0, extractor.dim), np.float32)
-    recipe = json.dumps([extractor.identity, images.shape, hashlib.sha256(images.tobytes()).hexdigest()])
-    return cached("features", recipe, lambda: {"features": extractor(images)})["features"]
-
-
 def judged(
     subject: Subject, extractor, chosen: Captions, drawn: "np.ndarray", heldout: "np.ndarray", options: Options
 ) -> list["Score"]:
@@ -363,6 +349,7 @@ def judged(
     import numpy as np
 
     import dataset
+    import features
     from scores import recognition
     from text_encoder import MINILM, TextEncoder
 
@@ -372,7 +359,7 @@ def judged(
     for vendor in dataset.vendors(options.data or Path(config.data)):
         with suppress(dataset.DatasetError):  # a vendor with too many faults teaches nothing
             real = dataset.of(replace(config, vendor=vendor, MAX_INDEX=0), options.data)
-            pictures.append(features(extractor, real.images)[~real.heldout])
+            pictures.append(features.of(extractor, real.images)[~real.heldout])
             words += [name for name, unseen in zip(real.names, real.heldout, strict=True) if not unseen]
     judge = judges.train(np.concatenate(pictures), meanings(encoder, words))
     by = f"judge on {extractor.name}"
@@ -395,17 +382,21 @@ def meanings(encoder, texts: list[str]) -> "np.ndarray":
 
 def over_time(run: list[Path], options: Options) -> list[dict]:
     """Losses, caption accuracy and copy rate of each checkpoint of a run, kept in its over_time.json as they come."""
+    import checkpoint
+    import dataset
     from files import replacing
+    from params import Params
 
-    entries = known_entries(run, options)
-    for path in run:
-        key = entry_key(path, options)
+    pictures = dataset.of(Params.from_json(checkpoint.about(run[-1])["config"]), options.data)
+    keys = entry_keys(run, options, pictures.fingerprint)
+    entries = known_entries(run, keys)
+    for path, key in zip(run, keys, strict=True):
         if key not in entries:
             print(f"{path}:", flush=True)
             entries[key] = entry(load(path, options), options)
             with replacing(path.parent / "over_time.json") as beside:
                 beside.write_text(json.dumps(entries, default=asdict) + "\n", encoding="utf-8")
-    return [entries[entry_key(path, options)] for path in run]
+    return [entries[key] for key in keys]
 
 
 def entry(subject: Subject, options: Options) -> dict:
@@ -418,21 +409,20 @@ def images_seen(subject: Subject) -> int:
     return subject.pipeline.about["step"] * subject.pipeline.config.B
 
 
-def entry_key(path: Path, options: Options) -> str:
-    """A checkpoint's `about` has its step and its seconds of training, which no other run repeats."""
+def entry_keys(run: list[Path], options: Options, fingerprint: str) -> list[str]:
+    """A name for what is measured of each checkpoint: its `about` has step and seconds, which no other run repeats."""
     import checkpoint
 
-    recipe = [checkpoint.about(path), CURVE, options.c, options.steps, options.seed, options.ema, str(options.data)]
-    return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
+    asked = [fingerprint, CURVE, options.c, options.steps, options.seed, options.ema]
+    return [hashlib.sha256(json.dumps([checkpoint.about(path), *asked]).encode()).hexdigest() for path in run]
 
 
-def known_entries(run: list[Path], options: Options) -> dict[str, dict]:
-    """Those of the run's checkpoints that were measured before; a damaged file is as good as none."""
+def known_entries(run: list[Path], keys: list[str]) -> dict[str, dict]:
+    """What was measured before of a run's checkpoints, oldest first; a damaged file is as good as none."""
     from report import entry_from
 
     with suppress(OSError, ValueError, TypeError, IndexError):
         saved = json.loads((run[0].parent / "over_time.json").read_text(encoding="utf-8"))
-        keys = [entry_key(path, options) for path in run]
         return {key: entry_from(saved[key]) for key in keys if key in saved}
     return {}
 
@@ -469,6 +459,7 @@ def full_report(path: Path, options: Options) -> None:
     by_features, extractor = in_features(subject, sets, drawn, options, clock)
 
     about, config = subject.pipeline.about, subject.pipeline.config
+    siblings = checkpoints(path.parent)
     ratios = {on: (found.distance[:, 0] / found.distance[:, 1]).tolist() for on, found in near.items()}
     results = {
         "schema": report.SCHEMA,
@@ -486,7 +477,7 @@ def full_report(path: Path, options: Options) -> None:
         "sets": {on: {"captions": chosen.texts, "seeds": chosen.seeds} for on, chosen in sets.items()},
         "scores": [*by_pixels, *by_features, *by_loss],
         "levels": levels,
-        "over_time": list(known_entries(checkpoints(path.parent), options).values()),
+        "over_time": list(known_entries(siblings, entry_keys(siblings, options, subject.fingerprint)).values()),
         "training_loss": training_loss(path.parent, images_seen(subject)),
         "seconds": clock,
         "notes": subject.notes,

@@ -179,6 +179,10 @@ def _columns(rows: list[tuple[str, ...]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
+def percent(share: Interval) -> str:
+    return f"{100 * share.value:.1f} %"
+
+
 def _good(scores: list[Score]) -> list[str]:
     own, judged = find(scores, "caption accuracy, top 1", by="pixels"), find(scores, "R-precision, top 1")
     said = []
@@ -186,13 +190,13 @@ def _good(scores: list[Score]) -> list[str]:
         steered = "The words steer the picture" if beyond(own, "shuffled") else "The words hardly steer the picture"
         said.append(
             f"{steered}: for {own.show()} of the training captions the nearest training picture is their own "
-            f"(captions shuffled: {own.shuffled.value:.1%})."
+            f"(captions shuffled: {percent(own.shuffled)})."
         )
     if judged:
         better = "more often than" if beyond(judged, "shuffled") else "no more often, as far as so few can tell, than"
         said.append(
             f"Held-out captions are recognised in their drawings {better} by chance: {judged.show()}, "
-            f"shuffled {judged.shuffled.value:.1%}, real pictures {judged.real.value:.1%}."
+            f"shuffled {percent(judged.shuffled)}, real pictures {percent(judged.real)}."
         )
     kid = find(scores, "KID", "held-out")
     if kid:
@@ -224,7 +228,7 @@ def _copies(results: dict) -> list[str]:
         return []
     over = [score for score in rates if beyond(score, "real")]
     listed = ", ".join(f"{score.show()} on {score.on} captions" for score in rates)
-    real = f"; of real held-out pictures {rates[0].real.value:.1%} would count as copies" if rates[0].real else ""
+    real = f"; of real held-out pictures {percent(rates[0].real)} would count as copies" if rates[0].real else ""
     said = [f"{'It copies' if over else 'Copying does not show'}: {listed}{real}."]
     return said + [copying_sets_in(results["over_time"])] * bool(results["over_time"])
 
