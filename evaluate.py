@@ -478,7 +478,7 @@ def full_report(path: Path, options: Options) -> None:
         "scores": [*by_pixels, *by_features, *by_loss],
         "levels": levels,
         "over_time": list(known_entries(siblings, entry_keys(siblings, options, subject.fingerprint)).values()),
-        "training_loss": training_loss(path.parent, images_seen(subject)),
+        "training_loss": training_loss(path.parent),
         "seconds": clock,
         "notes": subject.notes,
     }  # fmt: skip
@@ -494,13 +494,13 @@ def full_report(path: Path, options: Options) -> None:
     print(f"{page} written, with results.json and its pictures beside it")
 
 
-def training_loss(run: Path, images: int) -> list[list[float]]:
-    """Some 200 means of the loss that training logged until then, over the pictures seen; none without a log."""
+def training_loss(run: Path) -> list[list[float]]:
+    """Some 200 means of the loss that training logged, over the pictures seen; none without a log."""
     import numpy as np
 
     with suppress(OSError, ValueError, KeyError):
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        points = [[line["images"], line["loss"]] for line in lines if line["images"] <= images]
+        points = [[line["images"], line["loss"]] for line in lines]
         return [np.mean(part, axis=0).tolist() for part in np.array_split(points, min(200, len(points)))]
     return []
 

@@ -23,9 +23,9 @@ FIELDS = {  # of results.json
     "schema": int, "checkpoint": dict, "config": dict, "data": dict, "sampling": dict, "sets": dict, "scores": list,
     "levels": dict, "over_time": list, "training_loss": list, "seconds": dict, "notes": list,
 }  # fmt: skip
-SHOWN = {"training": 30, "held-out": 30, "invented": 30}  # drawings of each set on the page
+SETS = ("training", "held-out", "invented")  # captions
+SHOWN = 30  # drawings of each set on the page
 OFFENDERS = 6  # drawings nearest to a training picture, of each set
-NEEDS_MATPLOTLIB = "matplotlib is missing: pip install -r requirements-dev.txt"
 
 
 # results.json.
@@ -139,16 +139,18 @@ def asked_alike(a: dict, b: dict, score: Score) -> bool:
 # In words.
 
 
-def summary(results: dict) -> str:
-    """Is it good, is it done, does it copy: three answers from the numbers and their errors."""
-    return " ".join([*_good(results["scores"]), done(results["over_time"]), *_copies(results)])
+def summary(results: dict) -> dict[str, str]:
+    """The three answers, from the numbers and their errors."""
+    answers = _good(results["scores"]), [done(results["over_time"])], _copies(results)
+    return dict(zip(("Is it good?", "Is it done?", "Does it copy?"), map(" ".join, answers), strict=True))
 
 
 def text(results: dict) -> str:
     """The scores, the answers and the time as plain text."""
     rows = [("", "on", "drawings", "shuffled", "real pictures")]
     rows += [(f"{s.name}, {s.by}", s.on, s.show(), s.show("shuffled"), s.show("real")) for s in results["scores"]]
-    return "\n".join(["", *_columns(rows), "", summary(results), "", times(results["seconds"])])
+    answers = [f"{question} {answer}" for question, answer in summary(results).items()]
+    return "\n".join(["", *_columns(rows), "", *answers, "", times(results["seconds"])])
 
 
 def curve(over_time: list[dict]) -> str:
@@ -209,6 +211,8 @@ def done(over_time: list[dict]) -> str:
     """Whether the held-out loss still falls, beyond the paired error of the same pictures and noise."""
     curve = [(entry["images"], find(entry["scores"], "loss", "held-out", "short average")) for entry in over_time]
     curve = [(images, score) for images, score in curve if score]
+    if not curve and len(over_time) > 1:
+        return "Whether it is done cannot be said: the data hold nothing out."
     if len(curve) < 2:
         return "Whether it is done one checkpoint cannot say: evaluate the run's folder for the curve over time."
     images, loss = zip(*curve, strict=True)
@@ -223,7 +227,7 @@ def done(over_time: list[dict]) -> str:
 
 
 def _copies(results: dict) -> list[str]:
-    rates = [score for on in SHOWN if (score := find(results["scores"], "copy rate", on, "pixels"))]
+    rates = [score for on in SETS if (score := find(results["scores"], "copy rate", on, "pixels"))]
     if not rates:
         return []
     over = [score for score in rates if beyond(score, "real")]
@@ -252,7 +256,7 @@ def pyplot():
     try:
         import matplotlib
     except ImportError:
-        raise ValueError(NEEDS_MATPLOTLIB) from None
+        raise ValueError("matplotlib is missing: pip install -r requirements-dev.txt") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -336,7 +340,8 @@ th { font-weight: 600; color: var(--quiet) }
 img.curve { width: 100%; max-width: 56rem; height: auto }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(var(--cell), 1fr)); gap: .75rem }
 figure { margin: 0; padding: .5rem; background: var(--card); border-radius: .6rem; overflow-wrap: anywhere }
-figure div { display: flex; gap: .3rem } figure img { flex: 1; min-width: 0; background: #fff; border-radius: .3rem }
+figure div { display: flex; gap: .3rem; align-items: start }
+figure img { flex: 1; min-width: 0; height: auto; background: #fff; border-radius: .3rem }
 figcaption { line-height: 1.3; margin-top: .35rem }
 """
 LEGEND = (
@@ -355,7 +360,7 @@ def write_page(folder: Path, results: dict, drawn: dict, own: dict, training: np
             beside.write_bytes(data)
     for on, images in drawn.items():
         if len(images):
-            shown = spread(len(images), SHOWN[on])
+            shown = spread(len(images), SHOWN)
             captions = [results["sets"][on]["captions"][i] for i in shown]
             save_png(captioned_grid(images[shown], captions, columns=6, cell=96), folder / f"{on}.png", None)
     copies = offenders(results["sets"])
@@ -391,7 +396,7 @@ def _page(results: dict, curves: dict, drawn: dict, own: dict, training: np.ndar
     )
     body = [
         f"<h1>{told(checkpoint['path'])}</h1><p class=quiet>{told(about)}</p>",
-        f"<p class=answer>{told(summary(results))}</p>",
+        *(f"<p class=answer><b>{question}</b> {told(answer)}</p>" for question, answer in summary(results).items()),
         "".join(f"<p class=quiet>Note: {told(note)}</p>" for note in results["notes"]),
         f"<h2>Scores</h2>{_table(results['scores'])}<p class=quiet>{told(LEGEND)}</p>",
     ]
@@ -414,7 +419,7 @@ def _page(results: dict, curves: dict, drawn: dict, own: dict, training: np.ndar
         ]
         body.append(_grid(tiles, "15rem"))
     for on, images in drawn.items():
-        shown = spread(len(images), SHOWN[on])
+        shown = spread(len(images), SHOWN)
         if len(shown):
             beside = ", the real picture beside each" if on in own else ""
             body.append(f"<h2>Drawn for {on} captions{beside}</h2>")

@@ -368,6 +368,7 @@ def test_an_interrupted_report_goes_on_and_ends_the_same(call, monkeypatch):
         return draw(subject, texts, seeds, options)
 
     monkeypatch.setattr(evaluate, "BATCH", 5)
+    monkeypatch.setattr(evaluate, "losses", lambda subject: ([], {"short": {}, "long": {}}))
     monkeypatch.setattr(evaluate, "draw", interrupted)
     words = ("--checkpoint", "models/final", "--report", "a", *FEW)
     assert "the same command goes on" in call(*words)
