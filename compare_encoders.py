@@ -129,8 +129,8 @@ def call(script: str, *words: object) -> None:
 def write_table(options: Options, runs: Sequence[dict]) -> str:
     """The runs as a table in Markdown; better and worse are said of what differs from the first beyond the error."""
     from files import replacing
-    from report import asked_alike
-    from scores import difference, find
+    from report import mark
+    from scores import find
 
     found = [{title: find(run["scores"], *key) for title, key in COLUMNS.items()} for run in runs]
     titles = [title for title in COLUMNS if any(row[title] for row in found)]
@@ -144,11 +144,9 @@ def write_table(options: Options, runs: Sequence[dict]) -> str:
     for encoder, run, row in zip(options.encoders, runs, found, strict=True):
         cells, seen = [], run["checkpoint"]["images"]
         for title in titles:
-            score, first = row[title], found[0][title]
-            mark = ""
-            if score and first and run is not runs[0]:
-                mark = difference(first, score, paired=asked_alike(runs[0], run, score)).verdict(score.better)
-            cells.append(f"{score.show()} {mark}".strip() if score else "–")
+            score = row[title]
+            word = mark(runs[0], run, found[0][title], score) if run is not runs[0] else ""
+            cells.append(f"{score.show()} {word}".strip() if score else "–")
         lines.append(f"| {encoder} | {seen:,} | {' | '.join(cells)} |")
         numbers.append({"encoder": encoder, "images": seen, **{t: row[t] and row[t].value._asdict() for t in titles}})
     lines += ["", "In brackets 95 % intervals; better and worse: than the first, beyond the error."]

@@ -234,7 +234,8 @@ def quick(subject: Subject, options: Options) -> None:
     import metrics
     import scores
 
-    names, own, drawn = on_training(subject, options.samples, options)
+    names = subject.names
+    own, drawn = on_training(subject, options.samples, options)
     distance = metrics.distances(drawn, subject.training)
     print(f"{len(own)} captions of {len(names)} training pictures, guidance {options.c:g}")
     print(f"{'':22}{'nearest':>9}{'top 5':>9}{'median rank':>13}")
@@ -244,14 +245,14 @@ def quick(subject: Subject, options: Options) -> None:
     print(f"{'chance':22}{1 / len(names):9.1%}{min(1, 5 / len(names)):9.1%}{(len(names) + 1) / 2:13.0f}")
 
 
-def on_training(subject: Subject, most: int, options: Options) -> tuple[list[str], "np.ndarray", "np.ndarray"]:
-    """All training captions, the rows of at most `most` of them, and their drawings."""
+def on_training(subject: Subject, most: int, options: Options) -> tuple["np.ndarray", "np.ndarray"]:
+    """The rows of at most `most` training captions, and their drawings."""
     from scores import spread
 
     own = spread(len(subject.names), most)
     seeds = [options.seed + i for i in range(len(own))]
     chosen = Captions([subject.names[row] for row in own], own, seeds)
-    return subject.names, own, drawings(subject, {"training": chosen}, options)["training"]
+    return own, drawings(subject, {"training": chosen}, options)["training"]
 
 
 # What is measured.
@@ -270,8 +271,9 @@ def losses(subject: Subject) -> tuple[list["Score"], dict]:
 
     pipeline = subject.pipeline
     config, like = pipeline.config, pipeline.weights
-    rows = spread(len(subject.names), len(subject.heldout) or CURVE)
-    sets = {"held-out": (subject.heldout, subject.heldout_names)} if len(subject.heldout) > 1 else {}
+    enough = len(subject.heldout) > 1
+    rows = spread(len(subject.names), len(subject.heldout) if enough else CURVE)
+    sets = {"held-out": (subject.heldout, subject.heldout_names)} if enough else {}
     sets["training"] = subject.training[rows], [subject.names[row] for row in rows]
     averages = checkpoint.restore(subject.path, {"ema_short": like, "ema_long": like})
     measure = heldout.build_losses(config, training.structure(config, pipeline.encoder.dim))
@@ -400,7 +402,7 @@ def over_time(run: list[Path], options: Options) -> list[dict]:
 
 
 def entry(subject: Subject, options: Options) -> dict:
-    _, own, drawn = on_training(subject, CURVE, options)
+    own, drawn = on_training(subject, CURVE, options)
     found = [*losses(subject)[0], *in_pixels(subject, {"training": drawn}, own)[0]]
     return {"name": subject.path.name, "images": images_seen(subject), "scores": found}
 

@@ -98,42 +98,46 @@ def comparison(paths: Sequence[Path]) -> str:
     if len(paths) < 2:
         raise ValueError("--compare needs at least two results.json")
     runs = [read(path) for path in paths]
-    first = runs[0]
-    rows = [("", "", "", *(f"[{chr(65 + i % 26)}]" for i in range(len(runs))))]
-    by_key = [{score.key: score for score in run["scores"]} for run in runs]
-    keys = list(dict.fromkeys(key for scores in by_key for key in scores))
-    for key in keys:
-        cells, base = [], by_key[0].get(key)
-        for run, scores in zip(runs, by_key, strict=True):
-            score = scores.get(key)
-            mark = ""
-            if run is not first and score and base:
-                mark = difference(base, score, paired=asked_alike(first, run, score)).verdict(score.better)
-            cells.append((score.show() if score else "–") + f" {mark}" * bool(mark))
-        rows.append((key[0], key[1], key[2], *cells))
-    names = [
-        f"[{chr(65 + i % 26)}] {path}: {run['checkpoint']['path']}, {run['checkpoint']['images']:,} pictures seen"
-        for i, (path, run) in enumerate(zip(paths, runs, strict=True))
-    ]
-    notes = [
-        f"note: [{chr(65 + i % 26)}] {what} than [A]"
-        for i, run in enumerate(runs)
-        for what, differs in (
-            ("was evaluated on other pictures", run["data"]["fingerprint"] != first["data"]["fingerprint"]),
-            ("was drawn otherwise", run["sampling"] != first["sampling"]),
-        )
-        if differs
-    ]
-    return "\n".join([*names, *notes, "", *_columns(rows), "", "better, worse: than [A], by more than the 95 % error."])
+    letters = [f"[{chr(ord('A') + i)}]" for i in range(len(runs))]
+    first, titles, notes = runs[0], [], []
+    for letter, path, run in zip(letters, paths, runs, strict=True):
+        titles.append(f"{letter} {path}: {run['checkpoint']['path']}, {run['checkpoint']['images']:,} pictures seen")
+        notes += [f"note: {letter} {what}" for what in unlike(first, run)]
+    rows = [("", "on", *letters)]
+    for key in dict.fromkeys(score.key for run in runs for score in run["scores"]):
+        base, *others = scores = [find(run["scores"], *key) for run in runs]
+        marks = ["", *(mark(first, run, base, score) for run, score in zip(runs[1:], others, strict=True))]
+        cells = [f"{score.show()} {word}".strip() if score else "–" for score, word in zip(scores, marks, strict=True)]
+        rows.append((f"{key[0]}, {key[2]}", key[1], *cells))
+    legend = "better, worse: than [A], by more than the 95 % error of the difference."
+    return "\n".join([*titles, *notes, "", *_columns(rows), "", legend])
 
 
-def asked_alike(a: dict, b: dict, score: Score) -> bool:
-    """Whether the single values of a score answer the same questions in both runs: the same pictures and captions.
+def unlike(a: dict, b: dict) -> list[str]:
+    """What a reader of b beside a must know."""
+    facts = {
+        "was evaluated on other pictures than [A]": lambda run: run["data"]["fingerprint"],
+        "was drawn with other settings than [A]": lambda run: run["sampling"],
+        "has the features of another extractor than [A]": lambda run: run.get("extractor"),
+        "predicts something else than [A], so that their losses do not compare": lambda run: run["config"].get(
+            "prediction"
+        ),
+    }
+    return [what for what, fact in facts.items() if fact(a) != fact(b)]
 
-    The pictures whose loss is measured follow from the data alone.
+
+def mark(a: dict, b: dict, before: Score | None, after: Score | None) -> str:
+    """better or worse where a score of run b differs from that of run a beyond the error; paired where they allow it.
+
+    Single values pair where the runs were asked the same: the same pictures, and the same captions. The pictures whose
+    loss is measured follow from the data alone.
     """
-    captions = [run["sets"].get(score.on, {}).get("captions") for run in (a, b)]
-    return a["data"]["fingerprint"] == b["data"]["fingerprint"] and (score.name == "loss" or captions[0] == captions[1])
+    of_loss = after is not None and after.name == "loss"
+    if before is None or after is None or (of_loss and a["config"].get("prediction") != b["config"].get("prediction")):
+        return ""
+    captions = [run["sets"].get(after.on, {}).get("captions") for run in (a, b)]
+    same = a["data"]["fingerprint"] == b["data"]["fingerprint"] and (of_loss or captions[0] == captions[1])
+    return difference(before, after, paired=same).verdict(after.better)
 
 
 # In words.
@@ -293,7 +297,8 @@ def _levels(levels: dict) -> bytes:
             if ema == "short":
                 axes.fill_between(at, mean - error, mean + error, color=colour, alpha=0.2, linewidth=0)
     axes.set(xlabel="noise level, tenths of T", ylabel="loss", yscale="log", xticks=(1, 5, 10))
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     return _png(figure)
 
 

@@ -160,6 +160,23 @@ def test_a_few_questions_won_are_no_difference(won, marked):
     assert difference(a, b, paired=True).beyond == marked
 
 
+def test_losses_of_different_predictions_do_not_compare(whole, tmp_path):
+    other = {
+        **whole,
+        "config": {"prediction": "eps"},
+        "scores": [scores.mean("loss", "held-out", "short average", [9.0, 9.1])],
+    }
+    for name, results in ("a", whole), ("b", other):
+        report.write(tmp_path / f"{name}.json", results)
+    said = report.comparison([tmp_path / "a.json", tmp_path / "b.json"])
+    assert "note: [B] predicts something else than [A], so that their losses do not compare" in said
+    assert " worse\n" not in said
+    report.write(tmp_path / "b.json", {**other, "config": whole["config"]})
+    said = report.comparison([tmp_path / "a.json", tmp_path / "b.json"])
+    assert "note" not in said
+    assert " worse\n" in said
+
+
 @pytest.mark.slow
 def test_equal_runs_are_marked_in_one_of_twenty_comparisons():
     random = np.random.default_rng(0)
