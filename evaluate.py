@@ -305,7 +305,7 @@ def neighbourhood(by: str, drawn: dict, training: "np.ndarray", heldout: "np.nda
 
     near = {on: metrics.neighbours(rows, training) for on, rows in {**drawn, "real": heldout}.items() if len(rows)}
     real = near.pop("real", None)
-    return copies(by, near, real), near
+    return list(copies(by, near, real)), near
 
 
 def in_features(
@@ -447,6 +447,7 @@ def full_report(path: Path, options: Options) -> None:
     import numpy as np
 
     import report
+    from scores import ratio
 
     clock = Clock()
     with clock.part("loading"):
@@ -462,7 +463,6 @@ def full_report(path: Path, options: Options) -> None:
 
     about, config = subject.pipeline.about, subject.pipeline.config
     siblings = checkpoints(path.parent)
-    ratios = {on: (found.distance[:, 0] / found.distance[:, 1]).tolist() for on, found in near.items()}
     results = {
         "schema": report.SCHEMA,
         "checkpoint": {
@@ -485,7 +485,7 @@ def full_report(path: Path, options: Options) -> None:
         "notes": subject.notes,
     }  # fmt: skip
     for on, found in near.items():
-        results["sets"][on] |= {"neighbours": found.index.tolist(), "ratio": ratios[on]}
+        results["sets"][on] |= {"neighbours": found.index.tolist(), "ratio": ratio(found).tolist()}
     own = {"training": subject.training[sets["training"].own], "held-out": subject.heldout[sets["held-out"].own]}
     with clock.part("page"):
         page = report.write_page(options.report, results, drawn, own, subject.training, subject.names)

@@ -163,9 +163,10 @@ def curve(over_time: list[dict]) -> str:
         ("loss", "held-out", "short average"), ("loss", "held-out", "long average"),
         ("loss", "training", "short average"), ("loss", "training", "long average"),
         ("caption accuracy, top 1", "training", "pixels"), ("copy rate", "training", "pixels"),
+        ("d1/d2", "training", "pixels"),
     )  # fmt: skip
     averages = ("held-out loss", "long average", "training loss", "long average")
-    rows = [("pictures seen", *averages, "own picture nearest", "copies")]
+    rows = [("pictures seen", *averages, "own picture nearest", "copies", "d1/d2")]
     for entry in over_time:
         found = [find(entry["scores"], *key) for key in columns]
         shown = [
@@ -234,10 +235,17 @@ def _copies(results: dict) -> list[str]:
     rates = [score for on in SETS if (score := find(results["scores"], "copy rate", on, "pixels"))]
     if not rates:
         return []
-    over = [score for score in rates if beyond(score, "real")]
     listed = ", ".join(f"{score.show()} on {score.on} captions" for score in rates)
     real = f"; of real held-out pictures {percent(rates[0].real)} would count as copies" if rates[0].real else ""
-    said = [f"{'It copies' if over else 'Copying does not show'}: {listed}{real}."]
+    copying = any(beyond(score, "real") for score in rates)
+    said = [f"{'It copies' if copying else 'It makes no exact copies that show'}: {listed}{real}."]
+    for on in SETS:
+        nearness = find(results["scores"], "d1/d2", on, "pixels")
+        if nearness and nearness.real and nearness.value.high < nearness.real.low:
+            said.append(
+                f"On {on} captions it leans on single training pictures: the nearest is at {nearness.show()} of the "
+                f"distance of the second nearest, for real held-out pictures at {nearness.show('real')}."
+            )
     return said + [copying_sets_in(results["over_time"])] * bool(results["over_time"])
 
 

@@ -103,12 +103,16 @@ def rate(name: str, on: str, by: str, hits: np.ndarray, *, exchanged=None, real=
     return Score(name, on, by, value, exchanged, real, better, True, len(hits), tuple(map(float, hits)))
 
 
-def mean(name: str, on: str, by: str, values: np.ndarray) -> Score:
-    """A mean of which lower is better."""
+def mean(name: str, on: str, by: str, values: np.ndarray, *, real=None, better="lower") -> Score:
+    """A mean over pictures, beside that of real pictures."""
+    value, real = (None if rows is None else _interval(_mean(name, rows)) for rows in (values, real))
+    return Score(name, on, by, value, real=real, better=better, n=len(values), each=tuple(map(float, values)))
+
+
+def _mean(name: str, values: np.ndarray) -> metrics.Estimate:
     if len(values) < 2:
         raise ValueError(f"{name} needs at least 2 pictures, got {len(values)}")
-    estimate = metrics.Estimate(float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(len(values))))
-    return Score(name, on, by, _interval(estimate), better="lower", n=len(values), each=tuple(map(float, values)))
+    return metrics.Estimate(float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(len(values))))
 
 
 def _interval(estimate: metrics.Estimate) -> Interval:
@@ -141,10 +145,23 @@ def accuracy(by: str, drawn: np.ndarray, training: np.ndarray, own: Sequence[int
     return [rate(f"{name} {k}", "training", by, rank < k, exchanged=other < k) for k in (1, 5)]
 
 
-def copies(by: str, near: dict[str, metrics.Neighbours], real: metrics.Neighbours | None) -> list[Score]:
-    """The copy rate of each set of drawings beside that of real held-out pictures, from their neighbours."""
-    floor = None if real is None else metrics.copied(real)
-    return [rate("copy rate", on, by, metrics.copied(it), real=floor, better="lower") for on, it in near.items()]
+def copies(by: str, near: dict[str, metrics.Neighbours], real: metrics.Neighbours | None) -> Iterator[Score]:
+    """The copy rate and the mean d1 / d2 of each set of drawings beside those of real held-out pictures.
+
+    The rule d1 / d2 < 1/3 finds near-exact copies. It passes over one whose colours guidance has driven, or that has
+    look-alikes among the training pictures; then the mean tells, as it falls below that of real pictures.
+    """
+    for on, found in near.items():
+        floor = None if real is None else metrics.copied(real)
+        yield rate("copy rate", on, by, metrics.copied(found), real=floor, better="lower")
+        if len(found.index) > 1:
+            floor = None if real is None or len(real.index) < 2 else ratio(real)
+            yield mean("d1/d2", on, by, ratio(found), real=floor, better="higher")
+
+
+def ratio(near: metrics.Neighbours) -> np.ndarray:
+    """d1 / d2: 0 for an exact copy, 1 where no training picture stands out."""
+    return near.distance[:, 0] / near.distance[:, 1]
 
 
 def recognition(by: str, drawn: np.ndarray, real: np.ndarray, captions: np.ndarray) -> list[Score]:

@@ -19,6 +19,7 @@ from flax import nnx
 import checkpoint
 import evaluate
 import heldout
+import metrics
 import packages
 import report
 import schedule as schedules
@@ -193,6 +194,23 @@ def test_numbers_are_shown_with_as_many_digits_as_they_need():
     assert Score("KID", "", "", Interval(0.01234, 0.01, 0.0147)).show() == "0.0123 (0.0100–0.0147)"
     assert Score("distance", "", "", Interval(123.456)).show() == "123"
     assert Score("distance", "", "", Interval(1.0)).show("real") == ""
+
+
+def test_copies_that_are_not_exact_show_in_the_mean():
+    random = np.random.default_rng(0)
+    training, heldout = random.normal(size=(60, 500)), random.normal(size=(30, 500))
+    drawn = {"training": training[:20] + 0.6 * random.normal(size=(20, 500)), "held-out": random.normal(size=(20, 500))}
+    near = {on: metrics.neighbours(rows, training) for on, rows in drawn.items()}
+    found = list(scores.copies("pixels", near, metrics.neighbours(heldout, training)))
+    results = {"scores": found, "over_time": []}
+    assert scores.find(found, "copy rate", "training").value.value == 0
+    said = report.summary(results)["Does it copy?"]
+    assert "no exact copies that show" in said
+    assert "On training captions it leans on single training pictures: the nearest is at 0.4" in said
+    assert "On held-out captions" not in said
+    exact = {"training": metrics.neighbours(training[:20], training)}
+    results["scores"] = list(scores.copies("pixels", exact, metrics.neighbours(heldout, training)))
+    assert report.summary(results)["Does it copy?"].startswith("It copies: 100.0 %")
 
 
 def copied(images, low, real=0.01):
