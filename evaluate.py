@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 BATCH = 16  # captions drawn and kept at a time: what an interruption loses
 CURVE = 64  # training captions drawn for each checkpoint of a curve over time
-WORDS = 32  # tokens of a caption that the judge reads
 
 
 @dataclass(frozen=True)
@@ -309,7 +308,7 @@ def neighbourhood(by: str, drawn: dict, training: "np.ndarray", heldout: "np.nda
 
 
 def in_features(
-    subject: Subject, sets: dict[str, Captions], drawn: dict, options: Options, clock: "Clock"
+    subject: Subject, sets: dict[str, Captions], drawn: dict, root: Path | None, clock: "Clock"
 ) -> tuple[list["Score"], dict | None]:
     """What needs the extractor: captions and copies in features, realism, R-precision by a judge."""
     import features
@@ -334,49 +333,30 @@ def in_features(
                 note(subject, f"{on} captions: {error}")
     with clock.part("judge"):
         try:
-            found += judged(subject, extractor, sets["held-out"], drawn["held-out"], heldout, options)
+            found += judged(subject, extractor, sets["held-out"], drawn["held-out"], heldout, root)
         except ValueError as error:
             note(subject, f"R-precision on held-out captions: {error}")
     return found, {"name": extractor.name, "identity": extractor.identity}
 
 
 def judged(
-    subject: Subject, extractor, chosen: Captions, drawn: "np.ndarray", heldout: "np.ndarray", options: Options
+    subject: Subject, extractor, chosen: Captions, drawn: "np.ndarray", heldout: "np.ndarray", root: Path | None
 ) -> list["Score"]:
     """R-precision on held-out captions, by a judge that has seen real training pictures of every vendor and no other.
 
     Its words are MiniLM's whatever encoder the checkpoint has, so that checkpoints of different encoders compare.
     """
     import judge as judges
-    import numpy as np
-
-    import dataset
-    import features
     from scores import recognition
     from text_encoder import MINILM, TextEncoder
 
     if len(chosen.texts) < 6:
         raise ValueError(f"top 5 needs at least 6 of them, got {len(chosen.texts)}; raise --samples or hold out more")
-    config, encoder, pictures, words = subject.pipeline.config, TextEncoder(MINILM), [], []
-    for vendor in dataset.vendors(options.data or Path(config.data)):
-        with suppress(dataset.DatasetError):  # a vendor with too many faults teaches nothing
-            real = dataset.of(replace(config, vendor=vendor, MAX_INDEX=0), options.data)
-            pictures.append(features.of(extractor, real.images)[~real.heldout])
-            words += [name for name, unseen in zip(real.names, real.heldout, strict=True) if not unseen]
-    judge = judges.train(np.concatenate(pictures), meanings(encoder, words))
-    by = f"judge on {extractor.name}"
-    return recognition(by, judge(drawn), judge(heldout[chosen.own]), meanings(encoder, chosen.texts))
-
-
-def meanings(encoder, texts: list[str]) -> "np.ndarray":
-    """The mean of each text's token embeddings, computed once."""
-    from cache import cached
-
-    def make() -> dict:
-        text_emb, mask = encoder(texts, WORDS)
-        return {"mean": text_emb.sum(1) / mask.sum(1, keepdims=True)}
-
-    return cached("meanings", json.dumps([encoder.identity, WORDS, texts]), make)["mean"]
+    config, encoder = subject.pipeline.config, TextEncoder(MINILM)
+    judge = judges.of(config, extractor, encoder, root)
+    captions = judges.embed(encoder, chosen.texts, config.TEXT_LEN) - judge.mean
+    seen, real = (judge(features) - judge.mean for features in (drawn, heldout[chosen.own]))
+    return recognition(f"judge on {extractor.name}", seen, real, captions)
 
 
 # A run over time.
@@ -459,7 +439,7 @@ def full_report(path: Path, options: Options) -> None:
         by_loss, levels = losses(subject)
     with clock.part("pixels"):
         by_pixels, near = in_pixels(subject, drawn, sets["training"].own)
-    by_features, extractor = in_features(subject, sets, drawn, options, clock)
+    by_features, extractor = in_features(subject, sets, drawn, options.data, clock)
 
     about, config = subject.pipeline.about, subject.pipeline.config
     siblings = checkpoints(path.parent)
