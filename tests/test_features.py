@@ -80,7 +80,7 @@ def test_grey_is_repeated_and_what_is_transparent_is_white(small):
 @pytest.mark.parametrize(("h", "w"), [(13, 17), (64, 64), (61, 5)])
 def test_pictures_are_scaled_as_pillow_does(h, w):
     image = pictures(1, 3, h, w)
-    ours = features.prepare(jnp.asarray(image), size=(20, 24), mean=[0.0, 10, 20], std=[1.0, 2, 4])[0]
+    ours = features.prepare(jnp.asarray(image), size=(20, 24), mean=[0.0, 10.0, 20.0], std=[1.0, 2.0, 4.0])[0]
     planes = [Image.fromarray(image[0, ..., c].astype(np.float32)) for c in range(3)]
     theirs = np.stack([np.asarray(plane.resize((24, 20), Image.Resampling.BICUBIC)) for plane in planes], -1)
     np.testing.assert_allclose(ours, (theirs.clip(0, 255) - [0, 10, 20]) / [1, 2, 4], atol=2e-3)
