@@ -47,7 +47,7 @@ class Score:
         if interval is None:
             return ""
         scale, digits = (100, 1) if self.share else (1, max(0, 3 - math.ceil(math.log10(abs(interval.value) + 1e-3))))
-        value, low, high = ("" if x is None else f"{scale * x:.{digits}f}" for x in interval)
+        value, low, high = ("" if x is None else f"{scale * x:z.{digits}f}" for x in interval)
         return f"{value}{' %' if self.share else ''}" + (f" ({low}–{high})" if low else "")
 
 

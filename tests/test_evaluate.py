@@ -193,6 +193,7 @@ def test_numbers_are_shown_with_as_many_digits_as_they_need():
     assert share_of([True, False]).show() == "50.0 % (9.5–90.5)"
     assert Score("KID", "", "", Interval(0.01234, 0.01, 0.0147)).show() == "0.0123 (0.0100–0.0147)"
     assert Score("distance", "", "", Interval(123.456)).show() == "123"
+    assert Score("rate", "", "", Interval(0.0, -1e-17, 0.1), share=True).show() == "0.0 % (0.0–10.0)"
     assert Score("distance", "", "", Interval(1.0)).show("real") == ""
 
 
