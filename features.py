@@ -177,7 +177,10 @@ def _dense(x: Array, kernel: Array, bias: Array) -> Array:
 
 
 def _depthwise(x: Array, kernel: Array, bias: Array, *, stride: int) -> Array:
-    """One filter per channel, as a sum of shifted pictures: 5 times as fast on a CPU as XLA's grouped convolution."""
+    """One filter per channel, as a sum of shifted pictures.
+
+    With XLA's own grouped convolution the whole network takes 7 times as long on a CPU.
+    """
     k = len(kernel)
     height, width = (-(-n // stride) for n in x.shape[1:3])
     x = jnp.pad(x, ((0, 0), *(_same(n, k, stride) for n in x.shape[1:3]), (0, 0)))
