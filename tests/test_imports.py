@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = {"train", "test", "evaluate", "plot", "prepare_dataset"}
+SCRIPTS = {"train", "test", "evaluate", "compare_encoders", "plot", "prepare_dataset"}
 MODULES = {path.stem for path in ROOT.glob("*.py")}
 BELOW = MODULES - SCRIPTS - {"pipeline"}
 

@@ -211,7 +211,7 @@ def test_wrong_fields_are_named(call, words, message):
     assert message in " ".join(call(train, "quick", *words).replace("│", "").split())
 
 
-@pytest.mark.parametrize("script", ["train", "test", "evaluate", "plot", "prepare_dataset"])
+@pytest.mark.parametrize("script", ["train", "test", "evaluate", "compare_encoders", "plot", "prepare_dataset"])
 def test_help_needs_neither_jax_nor_pandas(script):
     code = f"import sys, runpy; sys.argv = ['{script}.py', '--help']\n"
     code += f"try: runpy.run_path('{ROOT / script}.py', run_name='__main__')\n"

@@ -1,0 +1,83 @@
+"""Loss on pictures that training never saw, by noise level: whether a run still learns or only memorizes.
+
+Training reports the loss of random pictures at random steps, so two of its numbers differ by chance alone. Here every
+picture is diffused once within each level, the equal stretches of 1 … T of `training.LEVELS`, at steps spread evenly
+over the stretch from picture to picture, by noise that follows from the picture's place and the level. All
+checkpoints, and both averages of their weights, are thus asked the very same questions: what is left of the standard
+error is the variety of the pictures, and that too cancels in the difference of two checkpoints.
+
+The loss of as many training pictures beside it shows the gap that memorization opens: first at low noise, where a
+single picture is still recognisable.
+"""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, UInt8
+
+import schedule as schedules
+from dataloader import Batch, to_float
+from params import Params
+from training import LEVELS, loss_at
+
+BATCH = 8  # pictures per call of the network
+GOLDEN = (5**0.5 - 1) / 2  # its multiples, modulo 1, spread evenly however many are taken
+
+
+def questions(n: int, T: int) -> Int[np.ndarray, "n levels"]:
+    """The step t that each of n pictures is diffused to within each level; 0 in a level that has no step (T < 10)."""
+    level = np.arange(T) * LEVELS // T
+    steps = np.zeros((n, LEVELS), np.int32)
+    for i in np.unique(level):
+        within = 1 + np.flatnonzero(level == i)
+        place = ((np.arange(n) + 0.5) * GOLDEN + i / LEVELS) % 1
+        steps[:, i] = within[(place * len(within)).astype(int)]
+    return steps
+
+
+def build_losses(config: Params, graphdef: nnx.GraphDef) -> Callable[..., Float[Array, "b"]]:
+    """The jitted function losses(weights, image, text_emb, text_mask, t, number) -> loss of each picture.
+
+    `number` is the seed of a picture's noise. The loss is that of training: mean squared error of the prediction.
+    """
+    schedule = schedules.cosine(config.T)
+
+    @jax.jit
+    def losses(weights, images, text_emb, text_mask, t, number):
+        image = to_float(images)
+        noise = jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), image.shape[1:]))(number)
+        model, batch = nnx.merge(graphdef, nnx.State(weights)), Batch(image, text_emb, text_mask)
+        return loss_at(model, batch, noise, t, schedule, config.prediction)
+
+    return losses
+
+
+def loss_per_level(
+    losses: Callable,
+    weights: dict,
+    images: UInt8[np.ndarray, "n h w c"],
+    text_emb: Float[np.ndarray, "n l d"],
+    text_mask: np.ndarray,
+    *,
+    T: int,
+    progress: Callable = iter,
+) -> Float[np.ndarray, "n levels"]:
+    """Loss of each picture at each level; NaN where a level has no step. `progress` wraps the loop over batches."""
+    n = len(images)
+    steps = questions(n, T)
+    asked = np.flatnonzero(steps)  # picture * LEVELS + level, which is also the seed of its noise
+    found = np.full(n * LEVELS, np.nan)
+    for start in progress(range(0, len(asked), BATCH)):
+        rows = np.resize(asked[start : start + BATCH], BATCH)
+        pictures = rows // LEVELS
+        t = steps.ravel()[rows]
+        found[rows] = losses(weights, images[pictures], text_emb[pictures], text_mask[pictures], t, rows)
+    return found.reshape(n, LEVELS)
+
+
+def per_picture(losses: Float[np.ndarray, "n levels"], T: int) -> Float[np.ndarray, "n"]:
+    """Mean over the levels, each counted for as many steps as it has: an estimate of the training loss of a picture."""
+    weight = np.bincount(np.arange(T) * LEVELS // T, minlength=LEVELS) / T
+    return np.nansum(losses * weight[None, :], axis=1)
