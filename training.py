@@ -107,7 +107,7 @@ def loss_per_picture(
 
 
 def loss_at(
-    model: UNet,
+    model: nnx.Module,
     batch: Batch,
     noise: Float[Array, "b h w c"],
     t: Int[Array, "b"],
