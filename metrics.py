@@ -66,7 +66,7 @@ def share(hits: Bool[np.ndarray, "n"]) -> Share:
     p = float(np.mean(hits))
     centre = (p + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = Z / (1 + Z**2 / n) * np.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
-    return Share(p, min(p, float(centre - half)), max(p, float(centre + half)))
+    return Share(p, min(p, max(0.0, float(centre - half))), max(p, min(1.0, float(centre + half))))
 
 
 # Distances between distributions.

@@ -11,7 +11,7 @@ the same batch, sizes of pictures and captions, number of cores:
 
     train   one step. Here: training.build_train_step. There: a UNet2DConditionModel, mean squared error, gradient
             clipping, AdamW, two averages of the weights (torch._foreach_lerp_); float32, and bf16 autocast
-    draw    a batch of pictures with classifier-free guidance, one doubled batch per step. Here: pipeline.build_draw.
+    draw    a batch of pictures with classifier-free guidance, one doubled batch per step. Here: drawing.build_draw.
             There: a DiffusionPipeline without a VAE, DDIMScheduler, inference_mode; float32, and bf16 weights
 
 The peer's network has the preset's plan: the same folded pixels at entry, resolutions, blocks, attention at the same
