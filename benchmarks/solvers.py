@@ -94,6 +94,7 @@ def plot(table: dict, options: Options) -> None:
         axes.minorticks_off()
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
+    panels[0].set_ylim(0, 1.05)
     panels[0].legend(frameon=False)
     figure.savefig(options.output.with_suffix(".png"), dpi=120)
 
