@@ -42,6 +42,7 @@ class Options:
     report: Path | None = None  # folder for report.html, results.json and pictures
     compare: tuple[Path, ...] = ()  # results.json of two or more reports, to set side by side
     encoder: str | None = None  # where the text encoder is, if no longer where the checkpoint was trained
+    extractor: str = "efficientnet-lite0"  # of features: that, a folder with a DINOv2, or an .onnx file
     data: Path | None = None  # dataset, where it is no longer where the checkpoint was trained
     samples: int = 256  # pictures to draw
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
@@ -77,6 +78,10 @@ def evaluate(options: Options) -> None:
         raise ValueError(f"--samples {options.samples}: at least 2 are needed")
     if options.report:
         report.pyplot()  # missing? rather now than after the drawing
+        if options.extractor != Options.extractor:
+            import features
+
+            features.load(options.extractor)  # likewise
     path = options.checkpoint
     if run := checkpoints(path):
         path = run[-1]
@@ -305,7 +310,7 @@ def in_features(
     from scores import accuracy, realism
 
     try:
-        extractor = features.load()
+        extractor = features.load(options.extractor)
     except features.FeatureError as error:
         note(subject, f"no scores in features: {error}")
         return [], None

@@ -320,7 +320,8 @@ def call(run, tmp_path, monkeypatch, capsys):
         def __call__(self, images):
             return np.concatenate([images[:, 1, 1], images[:, 5, 5]], axis=-1).astype(np.float32)[:, :6] / 255
 
-    monkeypatch.setattr(features, "load", Corners)
+    load = features.load
+    monkeypatch.setattr(features, "load", lambda name: Corners() if name == features.DEFAULT else load(name))
 
     def called(*words):
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
@@ -469,6 +470,7 @@ def test_plain_evaluation_needs_no_extractor(call):
         (["--samples", "1"], "--samples 1: at least 2"),
         (["--checkpoint", "nowhere"], "no checkpoint at"),
         (["--compare", "a.json"], "at least two"),
+        (["--report", "page", "--extractor", "nowhere"], "feature extractor 'nowhere': there is no such file"),
         (["--compare", "a.json", "b.json"], "a.json"),
     ],
 )

@@ -1,6 +1,7 @@
 """From a checkpoint to pictures, with the real text encoder and a network too small to draw anything."""
 
 import dataclasses
+import gc
 import itertools
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -387,8 +388,17 @@ def test_transparent_pictures_come_with_clean_alpha_or_on_white(trained, tiny, d
     np.testing.assert_array_equal(kept[1:, :, :3], np.asarray(known)[1:, :, :3])
 
 
-# Orbax reads in parallel: where one read fails, the others complain to a loop that is closed.
-failing_reads = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.fixture
+def complaints():
+    """What a test leaves to the garbage collector is collected with it, not with a later one."""
+    yield
+    gc.collect()
+
+
+def failing_reads(test):
+    """Orbax reads in parallel: where one read fails, the others complain to a loop that is closed."""
+    ignored = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+    return ignored(pytest.mark.usefixtures("complaints")(test))
 
 
 def copy(trained, tmp_path, **changes):
