@@ -303,7 +303,7 @@ def neighbourhood(by: str, drawn: dict, training: "np.ndarray", heldout: "np.nda
 
 
 def in_features(
-    subject: Subject, sets: dict[str, Captions], drawn: dict, root: Path | None, clock: "Clock"
+    subject: Subject, sets: dict[str, Captions], drawn: dict, options: Options, clock: "Clock"
 ) -> tuple[list["Score"], dict | None]:
     """What needs the extractor: captions and copies in features, realism, R-precision by a judge."""
     import features
@@ -328,7 +328,7 @@ def in_features(
                 note(subject, f"{on} captions: {error}")
     with clock.part("judge"):
         try:
-            found += judged(subject, extractor, sets["held-out"], drawn["held-out"], heldout, root)
+            found += judged(subject, extractor, sets["held-out"], drawn["held-out"], heldout, options.data)
         except ValueError as error:
             note(subject, f"R-precision on held-out captions: {error}")
     return found, {"name": extractor.name, "identity": extractor.identity}
@@ -434,7 +434,7 @@ def full_report(path: Path, options: Options) -> None:
         by_loss, levels = losses(subject)
     with clock.part("pixels"):
         by_pixels, near = in_pixels(subject, drawn, sets["training"].own)
-    by_features, extractor = in_features(subject, sets, drawn, options.data, clock)
+    by_features, extractor = in_features(subject, sets, drawn, options, clock)
 
     about, config = subject.pipeline.about, subject.pipeline.config
     siblings = checkpoints(path.parent)
