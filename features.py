@@ -21,6 +21,7 @@ import json
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import BinaryIO
@@ -84,12 +85,15 @@ class Extractor:
         if images.ndim != 4 or images.shape[3] not in (1, 3, 4) or images.dtype != np.uint8:
             found = f"{images.dtype} {list(images.shape)}"
             raise FeatureError(f"pictures are uint8 [n, h, w, c] with c 1, 3 or 4; these are {found}")
-        features = np.empty((len(images), self.dim), np.float32)
-        for start in range(0, len(images), self.chunk):
+        starts = range(0, len(images), self.chunk)
+
+        def chunk(start: int) -> np.ndarray:
             some = images[start : start + self.chunk]
             padded = np.concatenate([some, np.zeros((self.chunk - len(some), *some.shape[1:]), np.uint8)])
-            features[start : start + self.chunk] = self._chunk(padded)[: len(some)]
-        return features
+            return self._chunk(padded)[: len(some)]
+
+        with ThreadPoolExecutor(2) as pool:  # what one chunk leaves idle of two cores, another uses
+            return np.concatenate([np.empty((0, self.dim), np.float32), *pool.map(chunk, starts)])
 
     def _chunk(self, images: np.ndarray) -> np.ndarray:
         return np.asarray(self.network(self._prepare(images)))
