@@ -100,7 +100,6 @@ class Subject(NamedTuple):
 
     path: Path
     pipeline: "DiffusionPipeline"
-    hash: str
     training: "np.ndarray"  # uint8 [n, h, w, c]
     names: list[str]
     heldout: "np.ndarray"
@@ -118,7 +117,7 @@ def load(path: Path, options: Options) -> Subject:
     sides = []
     for side in (~pictures.heldout, pictures.heldout):
         sides += [pictures.images[side], [name for name, here in zip(pictures.names, side, strict=True) if here]]
-    subject = Subject(path, pipeline, pipeline.hash, *sides, pictures.fingerprint, [])
+    subject = Subject(path, pipeline, *sides, pictures.fingerprint, [])
     if pictures.fingerprint != pipeline.about["dataset"]["fingerprint"]:
         note(subject, "the pictures are not those that the checkpoint was trained on")
     return subject
@@ -205,7 +204,7 @@ def drawings(subject: Subject, sets: dict[str, Captions], options: Options) -> d
 
     from cache import cached
 
-    recipe = [subject.hash, sampling(subject, options)]
+    recipe = [subject.pipeline.hash, sampling(subject, options)]
     drawn = {}
     with tqdm(total=sum(len(chosen.texts) for chosen in sets.values()), unit="img", disable=None) as bar:
         for on, chosen in sets.items():
@@ -441,7 +440,7 @@ def full_report(path: Path, options: Options) -> None:
     results = {
         "schema": report.SCHEMA,
         "checkpoint": {
-            "path": str(path), "hash": subject.hash, "ema": options.ema, "step": about["step"],
+            "path": str(path), "hash": subject.pipeline.hash, "ema": options.ema, "step": about["step"],
             "images": images_seen(subject), "seconds": about["seconds"],
         },
         "config": config.to_json(),

@@ -34,6 +34,7 @@ from safetensors import SafetensorError, safe_open
 
 import packages
 from cache import cached
+from files import sha256
 
 DEFAULT = "efficientnet-lite0"
 PACKAGE = packages.Package(
@@ -75,7 +76,7 @@ class Extractor:
         chunk: int = CHUNK,
     ):
         self.name, self.size, self.chunk = name, size, chunk
-        self.identity = hashlib.sha256(json.dumps([FORMAT, _sha256(file), size, mean, std]).encode()).hexdigest()
+        self.identity = hashlib.sha256(json.dumps([FORMAT, sha256(file), size, mean, std]).encode()).hexdigest()
         self.network = network
         self._prepare = jax.jit(functools.partial(prepare, size=size, mean=mean, std=std))
         self.dim = self._chunk(np.zeros((chunk, *size, 3), np.uint8)).shape[1]
@@ -131,11 +132,6 @@ def prepare(
     return (image - jnp.array(mean)[None, None, None]) / jnp.array(std)[None, None, None]
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 # EfficientNet-Lite0.
 
 STAGES = [(1, 3, 1, 1), (2, 3, 2, 6), (2, 5, 2, 6), (3, 3, 2, 6), (3, 5, 1, 6), (4, 5, 2, 6), (1, 3, 1, 6)]
@@ -153,7 +149,7 @@ def efficientnet_lite0(*, size: int = SIZE) -> Extractor:
             file = packages.fetch(PACKAGE) / FILE
         except packages.PackageError as error:
             raise FeatureError(f"feature extractor {DEFAULT!r}: {error}.{WAYS}") from error
-    found = _sha256(file) if file.is_file() else "that of no file"
+    found = sha256(file) if file.is_file() else "that of no file"
     if found != FILE_SHA256:
         advice = f"delete {file.parents[2]} and run again"
         raise FeatureError(f"{file} is not the pinned one: its SHA-256 is {found}, expected {FILE_SHA256}; {advice}")

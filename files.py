@@ -1,5 +1,6 @@
 """Files that are whole or not there: written beside their place, then renamed."""
 
+import hashlib
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -18,6 +19,12 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             beside.unlink()
+
+
+def sha256(file: Path) -> str:
+    """The hash of a file's bytes, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def writable(folder: Path) -> None:

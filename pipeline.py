@@ -143,9 +143,9 @@ class DiffusionPipeline:
             field: value for field, value in {**named, "negative_prompt": negative_prompt}.items() if value is not None
         }
         sampling = dataclasses.replace(sampling or Sampling(), **named)
-        origin = self.origin(prompt, seed, sampling, edit=edit, size=size)  # refuses what is wrong before any work
         path = output_path and Path(output_path)
         if path:
+            origin = self.origin(prompt, seed, sampling, edit=edit, size=size)  # refuses what is wrong before any work
             if path.suffix.lower() != ".png" or path.is_dir():
                 raise ValueError(f"output_path = {output_path}: name a file that ends in .png")
             writable(path.parent)

@@ -33,6 +33,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
 import packages
+from files import sha256
 
 DEFAULT = "BAAI/bge-small-en"
 REVISIONS = {DEFAULT: "2275a7bdee235e9b4f01fa73aa60d3311983cfea"}  # commits on the hub; other names follow their head
@@ -235,11 +236,6 @@ def bag_of_words(weights: Weights, tokens: Int32[Array, "b l"], mask: Bool[Array
     return jnp.where(mask[..., None], weights["embeddings"]["word_embeddings.weight"][tokens], 0)
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 class TextEncoder:
     """A frozen BERT and its tokenizer, or a variant: `text_emb, text_mask = TextEncoder(name)(texts, length)`."""
 
@@ -269,12 +265,12 @@ class TextEncoder:
 
     @functools.cached_property
     def _weights_sha256(self) -> str:
-        return _sha256(self.folder / FILES[0])
+        return sha256(self.folder / FILES[0])
 
     @functools.cached_property
     def identity(self) -> dict[str, str]:
         """What a checkpoint records, to notice at sampling that it was trained with other weights or words."""
-        others = [_sha256(file) for file in (self.folder / name for name in FILES[1:4]) if file.is_file()]
+        others = [sha256(file) for file in (self.folder / name for name in FILES[1:4]) if file.is_file()]
         together = "".join([self._weights_sha256, *others, self.variant])
         return {"name": self.name, "sha256": hashlib.sha256(together.encode()).hexdigest()}
 
