@@ -20,21 +20,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+import made_up
 from flax import nnx
 
 import dataloader
 import device
-import schedule
 import training
-from drawing import Controls, Request, build_draw
 from params import PRESETS
 from pipeline import STEPS
-from samplers import timesteps
 
 ROOT = Path(__file__).resolve().parent.parent
 ROUNDS = 7
-TEXT_DIM = 384
 
 
 def seconds(function, *args) -> float:
@@ -73,24 +69,16 @@ def main() -> None:
     config = PRESETS[name]
     keys = training.Keys(*jax.random.split(jax.random.key(0), 3))
     pictures = config.MAX_INDEX or 1824
-    random = np.random.default_rng(0)
-    data = dataloader.Data(
-        jnp.asarray(random.integers(0, 256, (pictures, config.H, config.W, config.CHANNELS)), jnp.uint8),
-        jnp.asarray(random.normal(size=(pictures, config.TEXT_LEN, TEXT_DIM)), jnp.float32),
-        jnp.ones((pictures, config.TEXT_LEN), bool),
-        jnp.zeros((config.TEXT_LEN, TEXT_DIM)),
-        jnp.ones(config.TEXT_LEN, bool),
-    )
-    graphdef = training.structure(config, TEXT_DIM)
-    state = training.init(config, TEXT_DIM, jax.random.key(0))
+    data = made_up.data(config, pictures)
+    graphdef = training.structure(config, made_up.TEXT_DIM)
+    state = training.init(config, made_up.TEXT_DIM, jax.random.key(0))
     step = training.build_train_step(config, graphdef)
     batch = jax.jit(
         lambda data, keys, step: dataloader.sample_batch(
             data, keys.order, keys.dropout, step, B=config.B, embedding_dropout=config.embedding_dropout
         )
     )
-    draw = build_draw(config, graphdef)
-    along = tuple(timesteps(schedule.cosine(config.T), "trailing", STEPS).tolist())
+    draw = made_up.drawer(config, graphdef, data, pictures=1, sampler="dpmpp_2m", steps=STEPS)
     forward = jax.jit(lambda weights, *inputs: nnx.merge(graphdef, nnx.State(weights))(*inputs))
     first = batch(data, keys, jnp.int32(0))
     inputs = (first.image, jnp.ones(config.B, jnp.int32), first.text_emb, first.text_mask)
@@ -99,12 +87,9 @@ def main() -> None:
     matrix = jnp.ones((3072, 3072))
     product = jax.jit(jnp.matmul)
     one = tuple(array[:1] for array in inputs)
-    zero, null = jnp.zeros(()), (data.null_emb, data.null_mask)
-    request = Request(one[0], jnp.zeros(1, jnp.int32), one[2][:, None], one[3][:, None], jnp.ones((1, 1)))
-    controls = Controls(jnp.float32(7), zero, None, None, zero, jnp.ones(()), *null)
 
     def draw_one() -> jax.Array:
-        return draw(state.ema.short, None, request, controls, sampler="dpmpp_2m", along=along)[0]
+        return draw(state.ema.short)
 
     def evaluations() -> None:
         """As many bare evaluations of the network on one picture as a guided drawing needs."""
@@ -112,7 +97,7 @@ def main() -> None:
             forward(state.weights, *one).block_until_ready()
 
     compile_seconds = seconds(lambda: step(state, data, keys))
-    state = training.init(config, TEXT_DIM, jax.random.key(0))  # the call has taken the old one's buffers
+    state = training.init(config, made_up.TEXT_DIM, jax.random.key(0))  # the call has taken the old one's buffers
     state, _ = step(state, data, keys)
     for function, args in (
         (product, (matrix, matrix)),

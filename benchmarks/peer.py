@@ -97,25 +97,6 @@ def count_flops(jaxpr) -> int:
     return total
 
 
-def drawer(config, graphdef, data, *, pictures: int, steps: int) -> Callable[[dict], object]:
-    """weights -> pictures: this project's sampler on a guided batch, the one place that knows how it is called."""
-    import jax
-    import jax.numpy as jnp
-
-    import samplers
-    import schedule
-    from drawing import Controls, Request, build_draw
-
-    draw = build_draw(config, graphdef)
-    along = tuple(samplers.timesteps(schedule.cosine(config.T), "trailing", steps).tolist())
-    noise = jax.random.normal(jax.random.key(0), (pictures, config.H, config.W, config.CHANNELS))
-    captions = (data.text_emb[:pictures, None], data.text_mask[:pictures, None])
-    request = Request(noise, jnp.arange(pictures), *captions, jnp.ones((pictures, 1)))
-    zero, one = jnp.zeros(()), jnp.ones(())
-    controls = Controls(jnp.float32(7), zero, None, None, zero, one, data.null_emb, data.null_mask)
-    return lambda weights: draw(weights, None, request, controls, sampler="ddim", along=along)[0]
-
-
 def ours(config, *, pictures: int, steps: int) -> tuple[dict[str, Trial], dict]:
     """The trials of the JAX side, compiled, and what is to be known about it."""
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -123,25 +104,17 @@ def ours(config, *, pictures: int, steps: int) -> tuple[dict[str, Trial], dict]:
     import flax
     import jax
     import jax.numpy as jnp
-    import numpy as np
+    import made_up
     from flax import nnx
 
-    import dataloader
     import training
 
-    random = np.random.default_rng(0)
-    data = dataloader.Data(
-        jnp.asarray(random.integers(0, 256, (IMAGES, config.H, config.W, config.CHANNELS)), jnp.uint8),
-        jnp.asarray(random.normal(size=(IMAGES, config.TEXT_LEN, TEXT_DIM)), jnp.float32),
-        jnp.ones((IMAGES, config.TEXT_LEN), bool),
-        jnp.zeros((config.TEXT_LEN, TEXT_DIM)),
-        jnp.ones(config.TEXT_LEN, bool),
-    )
+    data = made_up.data(config, IMAGES)
     keys = training.Keys(*jax.random.split(jax.random.key(0), 3))
     graphdef = training.structure(config, TEXT_DIM)
     state = training.init(config, TEXT_DIM, jax.random.key(0))
     train_step = training.build_train_step(config, graphdef)
-    draw_pictures = drawer(config, graphdef, data, pictures=pictures, steps=steps)
+    draw_pictures = made_up.drawer(config, graphdef, data, pictures=pictures, sampler="ddim", steps=steps)
 
     def train() -> None:
         nonlocal state
