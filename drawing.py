@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 import guidance as guiding
 import schedule as schedules
 from dataloader import to_bytes
+from model import network
 from params import Params
 from samplers import FreshNoise, solver
 
@@ -56,11 +57,11 @@ def build_draw(
     estimate of each picture at each of the n steps. `along` are the timesteps. Guidance evaluates the network on one
     enlarged batch, or where there is a guide (configuration and structure of a worse network), that one beside it.
     """
-    schedule = schedules.cosine(config.T)
+    schedule = schedules.of(config)
 
     def estimates(config: Params, graphdef: nnx.GraphDef, weights: dict, text_emb: Array, text_mask: Array) -> Callable:
         """Clean images [b, k, h, w, c] that a network sees in `noisy` under each of k captions."""
-        model = nnx.merge(graphdef, nnx.State(weights))
+        model = network(config, graphdef, weights)
         k = text_emb.shape[1]
         text_emb, text_mask = (part.reshape(-1, *part.shape[2:]) for part in (text_emb, text_mask))
 
@@ -84,13 +85,13 @@ def build_draw(
         trace: bool = False,
     ):
         captions = (request.text_emb, request.text_mask)
-        network = partial(estimates, config, graphdef, weights)
+        under = partial(estimates, config, graphdef, weights)
 
         def mixed(each: Float[Array, "b k h w c"]) -> Float[Array, "b h w c"]:
             return (request.mix[:, :, None, None, None] * each).sum(axis=1)
 
         def positive(noisy: Float[Array, "b h w c"], t: Int[Array, "b"]) -> Float[Array, "b h w c"]:
-            return mixed(network(*captions)(noisy, t))
+            return mixed(under(*captions)(noisy, t))
 
         def both(noisy: Float[Array, "b h w c"], t: Int[Array, "b"]):
             if guide is not None:
@@ -100,7 +101,7 @@ def build_draw(
                 for part in (controls.negative_emb, controls.negative_mask)
             )
             beside = (jnp.concatenate(pair, axis=1) for pair in zip(captions, negative, strict=True))
-            each = network(*beside)(noisy, t)
+            each = under(*beside)(noisy, t)
             return mixed(each[:, :-1]), each[:, -1]
 
         denoise = positive

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 import schedule as schedules
 from dataloader import Batch, to_float
+from model import network
 from params import Params
 from training import LEVELS, loss_at
 
@@ -42,13 +43,13 @@ def build_losses(config: Params, graphdef: nnx.GraphDef) -> Callable[..., Float[
 
     `number` is the seed of a picture's noise. The loss is that of training: mean squared error of the prediction.
     """
-    schedule = schedules.cosine(config.T)
+    schedule = schedules.of(config)
 
     @jax.jit
     def losses(weights, images, text_emb, text_mask, t, number):
         image = to_float(images)
         noise = jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), image.shape[1:]))(number)
-        model, batch = nnx.merge(graphdef, nnx.State(weights)), Batch(image, text_emb, text_mask)
+        model, batch = network(config, graphdef, weights), Batch(image, text_emb, text_mask)
         return loss_at(model, batch, noise, t, schedule, config.prediction)
 
     return losses
@@ -75,6 +76,17 @@ def loss_per_level(
         t = steps.ravel()[rows]
         found[rows] = losses(weights, images[pictures], text_emb[pictures], text_mask[pictures], t, rows)
     return found.reshape(n, LEVELS)
+
+
+def in_velocity(losses: Float[np.ndarray, "n levels"], config: Params) -> Float[np.ndarray, "n levels"]:
+    """Losses of loss_per_level, of whatever prediction, as the error of the velocity that the prediction stands for.
+
+    At step t the same error is SNR times as large in the noise as in the clean image, SNR + 1 times in the velocity.
+    """
+    schedule, t = schedules.of(config), questions(len(losses), config.T)
+    alpha, sigma = (np.asarray(part, np.float64)[t] for part in schedule)
+    with np.errstate(divide="ignore"):
+        return losses * {"eps": 1 / alpha**2, "v": np.ones_like(alpha), "x0": 1 / sigma**2}[config.prediction]
 
 
 def per_picture(losses: Float[np.ndarray, "n levels"], T: int) -> Float[np.ndarray, "n"]:

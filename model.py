@@ -7,18 +7,23 @@
       up:    the same, each block also fed the matching output of the way down, double
     norm ─ conv, initialised to zero ─ unfold ─ prediction
 
+Training may leave out features (dropout) and tells the network how a picture was changed (augmentation); drawing gives
+neither. The weights are float32; `network` computes with them in float32 or bfloat16.
+
 The step enters every ResBlock as a scale and shift of its group norm (Dhariwal & Nichol 2021, Section 3), together
 with the mean of the caption's tokens; the tokens themselves enter by cross-attention (Rombach et al. 2022, Section
 3.3). Every residual branch ends in a zero-initialised layer, so that the network starts as the zero function.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
+from augmentation import LABELS
 from params import Params
 
 
@@ -61,24 +66,29 @@ class TimestampNet(nnx.Module):
         self.out = nnx.Linear(T_out, T_out, rngs=rngs)
 
     def __call__(self, t: Int[Array, "b"]) -> Float[Array, "b T_out"]:
-        return self.out(nnx.silu(self.hidden(sinusoid(t, self.T_dim))))
+        waves = sinusoid(t, self.T_dim).astype(self.hidden.kernel.dtype)  # float32 until here: t has many values
+        return self.out(nnx.silu(self.hidden(waves)))
 
 
 class ResBlock(nnx.Module):
     """Two convolutions and a residual; the condition scales and shifts the second group norm."""
 
-    def __init__(self, channels: int, out: int, condition: int, rngs: nnx.Rngs):
+    def __init__(self, channels: int, out: int, config: Params, rngs: nnx.Rngs):
         self.norm1 = group_norm(channels, rngs)
         self.conv1 = conv(channels, out, rngs)
-        self.modulation = nnx.Linear(condition, 2 * out, rngs=rngs)
+        self.modulation = nnx.Linear(config.T_out, 2 * out, rngs=rngs)
         self.norm2 = group_norm(out, rngs)
+        self.dropout = nnx.Dropout(config.dropout)
         self.conv2 = conv(out, out, rngs, zero=True)
         self.skip = conv(channels, out, rngs, size=1) if channels != out else None
 
-    def __call__(self, x: Float[Array, "b h w c"], condition: Float[Array, "b d"]) -> Float[Array, "b h w out"]:
+    def __call__(
+        self, x: Float[Array, "b h w c"], condition: Float[Array, "b d"], chance: nnx.Rngs | None
+    ) -> Float[Array, "b h w out"]:
         scale, shift = jnp.split(self.modulation(condition)[:, None, None, :], 2, axis=-1)
         h = self.conv1(nnx.silu(self.norm1(x)))
-        h = self.conv2(nnx.silu(self.norm2(h) * (1 + scale) + shift))
+        h = nnx.silu(self.norm2(h) * (1 + scale) + shift)
+        h = self.conv2(self.dropout(h, deterministic=chance is None, rngs=chance))
         return h + (x if self.skip is None else self.skip(x))
 
 
@@ -112,7 +122,7 @@ class Stage(nnx.Module):
     """A ResBlock, then the attentions that its resolution has."""
 
     def __init__(self, channels: int, out: int, level: int, text_dim: int, config: Params, rngs: nnx.Rngs):
-        self.block = ResBlock(channels, out, config.T_out, rngs)
+        self.block = ResBlock(channels, out, config, rngs)
         self.self_attention = Attention(out, config.HEAD_DIM, rngs) if level in config.self_attention else None
         self.cross_attention = (
             Attention(out, config.HEAD_DIM, rngs, context=text_dim) if level in config.cross_attention else None
@@ -124,8 +134,9 @@ class Stage(nnx.Module):
         condition: Float[Array, "b d"],
         text: Float[Array, "b l e"],
         text_mask: Bool[Array, "b l"],
+        chance: nnx.Rngs | None,
     ) -> Float[Array, "b h w out"]:
-        x = self.block(x, condition)
+        x = self.block(x, condition, chance)
         if self.self_attention is not None:
             x = self.self_attention(x)
         if self.cross_attention is not None:
@@ -148,6 +159,8 @@ class UNet(nnx.Module):
         self.timestamp = TimestampNet(config.T_dim, config.T_out, rngs)
         self.text_norm = nnx.LayerNorm(text_dim, rngs=rngs)
         self.pooled_text = nnx.Linear(text_dim, config.T_out, rngs=rngs)
+        told = {"use_bias": False, "kernel_init": nnx.initializers.zeros, "rngs": rngs}
+        self.augmentation = nnx.Linear(len(LABELS), config.T_out, **told) if config.augmentation else None
         self.entry = conv(pixels, dims[0], rngs)
 
         channels, skips = dims[0], []
@@ -161,7 +174,7 @@ class UNet(nnx.Module):
             if level < last:
                 self.halve.append(conv(dim, dim, rngs, strides=2))
 
-        self.middle = nnx.List([stage(channels, channels, last), ResBlock(channels, channels, config.T_out, rngs)])
+        self.middle = nnx.List([stage(channels, channels, last), ResBlock(channels, channels, config, rngs)])
 
         self.up, self.double = nnx.List(), nnx.List()
         for level, dim in reversed(list(enumerate(dims))):
@@ -181,28 +194,48 @@ class UNet(nnx.Module):
         t: Int[Array, "b"],
         text_emb: Float[Array, "b l d"],
         text_mask: Bool[Array, "b l"],
+        augmentation: Float[Array, "b labels"] | None = None,
+        dropout_key: Key[Array, ""] | None = None,
     ) -> Float[Array, "b h w c"]:
+        """augmentation: how much of each change the pictures have had, none if left out; dropout_key: for training."""
+        chance = None if dropout_key is None else nnx.Rngs(dropout=dropout_key)
         text = self.text_norm(text_emb)
         visible = text_mask[:, :, None].astype(text.dtype)
         pooled = (text * visible).sum(axis=1) / visible.sum(axis=1)
-        condition = nnx.silu(self.timestamp(t) + self.pooled_text(pooled))
+        condition = self.timestamp(t) + self.pooled_text(pooled)
+        if self.augmentation is not None and augmentation is not None:
+            condition = condition + self.augmentation(augmentation)
+        condition = nnx.silu(condition)
 
         x = self.entry(patchify(noisy, self.patch))
         skips = []
         for level, stages in enumerate(self.down):
             for stage in stages:
-                x = stage(x, condition, text, text_mask)
+                x = stage(x, condition, text, text_mask, chance)
                 skips.append(x)
             if level < len(self.halve):
                 x = self.halve[level](x)
 
         stage, block = self.middle
-        x = block(stage(x, condition, text, text_mask), condition)
+        x = block(stage(x, condition, text, text_mask, chance), condition, chance)
 
         for level, stages in enumerate(self.up):
             for stage in stages:
-                x = stage(jnp.concatenate([x, skips.pop()], axis=-1), condition, text, text_mask)
+                x = stage(jnp.concatenate([x, skips.pop()], axis=-1), condition, text, text_mask, chance)
             if level < len(self.double):
                 x = self.double[level](x.repeat(2, axis=1).repeat(2, axis=2))
 
         return unpatchify(self.exit(nnx.silu(self.exit_norm(x))), self.patch)
+
+
+def network(config: Params, graphdef: nnx.GraphDef, weights: dict) -> Callable[..., Float[Array, "b h w c"]]:
+    """The function that a UNet with these weights is, float32 outside and `config.compute` inside."""
+
+    def cast(tree, dtype):
+        def one(leaf: Array) -> Array:
+            return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+        return jax.tree.map(one, tree)
+
+    model = nnx.merge(graphdef, nnx.State(cast(weights, config.compute)))
+    return lambda *inputs: cast(model(*cast(inputs, config.compute)), jnp.float32)

@@ -8,7 +8,7 @@ drawing from one needs nothing but its path.
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 RANGES = {  # lowest and highest allowed value
     "MAX_INDEX": (0, 10_000_000),
@@ -18,25 +18,31 @@ RANGES = {  # lowest and highest allowed value
     "TEXT_LEN": (2, 512),
     "embedding_dropout": (0.0, 1.0),
     "T": (2, 100_000),
+    "snr_gamma": (0.01, 1000.0),
     "T_dim": (2, 4096),
     "T_out": (1, 8192),
     "BASE_DIM": (1, 4096),
     "PATCH": (1, 64),
     "BLOCKS": (1, 16),
     "HEAD_DIM": (1, 1024),
+    "dropout": (0.0, 0.9),
+    "augmentation": (0.0, 1.0),
     "B": (1, 65_536),
+    "accumulate": (1, 65_536),
     "epochs": (1, 1_000_000),
     "minutes": (0.0, 1_000_000.0),
     "learning_rate": (0.0, 1.0),
     "warmup": (0, 1_000_000),
     "weight_decay": (0.0, 1.0),
     "clip": (1e-6, 1e6),
-    "ema_short": (0.0, 1.0),
-    "ema_long": (0.0, 1.0),
+    "ema_short": (0.001, 0.28),
+    "ema_long": (0.001, 0.28),
     "seed": (0, 2**31 - 1),
     "log_every": (1, 1_000_000),
     "sample_every": (1, 1_000_000),
+    "heldout": (0, 1_000_000),
     "save_every": (1, 1_000_000),
+    "keep": (0, 1_000_000),
 }
 
 
@@ -55,10 +61,17 @@ class Params:
     encoder: str = "BAAI/bge-small-en"  # frozen BERT: a hub name or a folder
     TEXT_LEN: int = 32  # tokens of a caption; longer ones are cut
     embedding_dropout: float = 0.1  # chance that training replaces a caption by the empty one, for guidance
+    augmentation: float = (
+        0.0  # chance of each small change to a picture; the network is told, so none shows when drawing
+    )
 
     # Diffusion
     T: int = 1000  # steps from picture to noise
+    zero_terminal_snr: bool = False  # let step T hold no picture at all (not with eps)
     prediction: Literal["eps", "v", "x0"] = "eps"  # what the network predicts: noise, velocity, clean picture
+    loss_weight: Literal["uniform", "min_snr"] = "uniform"  # of a noise level in the loss
+    snr_gamma: float = 5.0  # signal-to-noise ratio above which min_snr counts no level for more
+    low_discrepancy: bool = False  # spread the steps t of a batch evenly instead of drawing each by itself
 
     # Network
     T_dim: int = 128  # size of the sinusoidal timestep embedding
@@ -70,23 +83,31 @@ class Params:
     self_attention: tuple[int, ...] = (2, 3)  # resolutions with self-attention (0: the first)
     cross_attention: tuple[int, ...] = (1, 2, 3)  # resolutions with cross-attention to the caption's tokens
     HEAD_DIM: int = 64  # channels per attention head
+    dropout: float = 0.0  # share of features that training leaves out in each ResNet block
+    compute: Literal["float32", "bfloat16"] = "float32"  # in the network; weights, loss and statistics stay float32
 
     # Training
     B: int = 64  # batch size, pictures
+    accumulate: int = 1  # parts that a batch is worked through in, where memory does not hold it at once
     epochs: int = 2000  # passes over the pictures
     minutes: float = 0.0  # end after so much time in training steps, if that comes first (0: no limit)
     learning_rate: float = 2e-4  # AdamW, after warm-up
     warmup: int = 500  # steps of linear warm-up
+    decay: Literal["constant", "cosine", "linear"] = (
+        "constant"  # of the learning rate after that, to 0 at the last step
+    )
     weight_decay: float = 0.01  # AdamW
     clip: float = 1.0  # largest norm of a gradient
-    ema_short: float = 0.9995  # decay per step of the averaged weights that draw unless told otherwise
-    ema_long: float = 0.9999  # decay per step of a second, longer average
+    ema_short: float = 0.05  # length of the average of the weights that draws, as a share of the run so far
+    ema_long: float = 0.1  # length of a second, longer average
     seed: int = 0  # of the initial weights, the order of the data, the noise
 
     # Records
     log_every: int = 50  # steps between two lines of metrics.jsonl
     sample_every: int = 100  # epochs between two sample grids
+    heldout: int = 64  # held-out pictures whose loss is measured beside each sample grid
     save_every: int = 100  # epochs between two checkpoints
+    keep: int = 0  # checkpoints epoch{N} to keep, the newest (0: all)
 
     def __post_init__(self):
         for field, (low, high) in RANGES.items():
@@ -95,8 +116,31 @@ class Params:
                 raise ValueError(f"{field} = {value}: allowed are values from {low} to {high}")
         if self.CHANNELS not in (1, 3, 4):
             raise ValueError(f"CHANNELS = {self.CHANNELS}: allowed are 1 (grey), 3 (colour), 4 (with transparency)")
-        if self.prediction not in ("eps", "v", "x0"):
-            raise ValueError(f"prediction = {self.prediction!r}: allowed are 'eps', 'v' and 'x0'")
+        for field in ("prediction", "loss_weight", "compute", "decay"):
+            allowed = get_args(get_type_hints(type(self))[field])
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{field} = {getattr(self, field)!r}: allowed are {', '.join(map(repr, allowed))}")
+        if self.zero_terminal_snr and self.prediction == "eps":
+            raise ValueError(
+                "zero_terminal_snr = True: not with prediction = 'eps', as the noise says nothing about the picture "
+                "where there is nothing else; allowed are 'v' and 'x0'"
+            )
+        if self.zero_terminal_snr and self.loss_weight == "min_snr":
+            raise ValueError(
+                "zero_terminal_snr = True: not with loss_weight = 'min_snr', which would give no weight to step T, "
+                "where drawing begins; allowed is 'uniform'"
+            )
+        if self.snr_gamma != Params.snr_gamma and self.loss_weight == "uniform":
+            raise ValueError(
+                f"snr_gamma = {self.snr_gamma}: read only with loss_weight = 'min_snr', not with 'uniform'"
+            )
+        if self.decay != "constant" and self.minutes:
+            raise ValueError(
+                f"minutes = {self.minutes}: not with decay = {self.decay!r}, which must know the last step beforehand; "
+                "end by epochs, or take decay = 'constant'"
+            )
+        if self.B % self.accumulate:
+            raise ValueError(f"accumulate = {self.accumulate}: allowed are divisors of B = {self.B}")
         if self.ema_long < self.ema_short:
             raise ValueError(f"ema_long = {self.ema_long}: allowed are values from ema_short = {self.ema_short} up")
         if not self.DIM_MULTS or min(self.DIM_MULTS) < 1:
@@ -136,13 +180,13 @@ class Params:
 
 _cpu = Params(
     H=32, W=32, PATCH=2, BASE_DIM=96, DIM_MULTS=(1, 2), self_attention=(1,), cross_attention=(1,), prediction="v",
-    encoder="sentence-transformers/all-MiniLM-L6-v2", B=8, learning_rate=4e-4, ema_short=0.999, ema_long=0.9997,
+    encoder="sentence-transformers/all-MiniLM-L6-v2", B=8, learning_rate=4e-4,
     epochs=100, sample_every=10, save_every=25,
 )  # fmt: skip
 
 PRESETS = {
     "quick": dataclasses.replace(
-        _cpu, MAX_INDEX=64, BLOCKS=1, learning_rate=6e-4, warmup=100, ema_short=0.995, ema_long=0.998,
+        _cpu, MAX_INDEX=64, BLOCKS=1, learning_rate=6e-4, warmup=100,
         epochs=200, sample_every=50, save_every=100,
     ),
     "cpu": _cpu,

@@ -102,7 +102,7 @@ class DiffusionPipeline:
         self.config, self.encoder, self.weights = config, encoder, weights
         self.guide_config, self.guide_weights = (guide[0], guide[2]) if guide else (None, None)
         self.shape = (config.H, config.W, config.CHANNELS)
-        self.schedule = schedules.cosine(config.T)
+        self.schedule = schedules.of(config)
         self.batch = 16 if device.on_accelerator() else 1  # pictures per call; a CPU is as fast with one as with many
         self._draw = build_draw(config, graphdef, guide and guide[:2])
 

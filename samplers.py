@@ -224,7 +224,7 @@ def heun(
     steps take 2 n - 1 evaluations.
     """
     h = widths(schedule, timesteps)
-    at_end = jnp.asarray([mean_under_exp(each) / each if np.isfinite(each) else 0.0 for each in h], jnp.float32)
+    at_end = jnp.asarray([mean_under_exp(each) / each if np.isfinite(each) else 1.0 for each in h], jnp.float32)
     still = fresh._replace(eta=jnp.zeros(()))
 
     def step(noisy: Float[Array, "b h w c"], at: tuple[Steps, Float[Array, ""]]):

@@ -5,9 +5,10 @@ A noisy picture at step t is a known mixture,
     noisy = alpha_t * image + sigma_t * noise,     alpha_t^2 + sigma_t^2 = 1,
 
 with t = 0 at the image side (alpha = 1) and t = T at the noise side. alpha_bar_t = alpha_t^2 falls along a squared
-cosine (Nichol & Dhariwal 2021, Eq. 17), their betas capped at 0.999, so that alpha_T stays above zero. Given `noisy`
-and t, the noise (ε), the clean image and the velocity v = alpha * noise - sigma * image (Salimans & Ho 2022) each
-determine the other two; the functions below are those identities, and a network may be trained to predict any of them.
+cosine (Nichol & Dhariwal 2021, Eq. 17), its betas capped at 0.999, so that alpha_T stays above zero, unless the
+schedule is stretched to end there. Given `noisy` and t, the noise (ε), the clean image and the velocity
+v = alpha * noise - sigma * image (Salimans & Ho 2022) each determine the other two; the functions below are those
+identities, and a network may be trained to predict any of them.
 """
 
 from typing import Literal, NamedTuple
@@ -15,6 +16,8 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+
+from params import Params
 
 NAME = "cosine"  # recorded in every checkpoint
 Prediction = Literal["eps", "v", "x0"]  # what the network predicts: the noise, the velocity, the clean image
@@ -36,14 +39,25 @@ class Schedule(NamedTuple):
         return 2 * (jnp.log(self.alpha) - jnp.log(self.sigma))
 
 
-def cosine(T: int) -> Schedule:
-    """The cosine schedule, computed in float64 on the host, kept as float32 [T + 1] (Nichol & Dhariwal, Eq. 17)."""
+def cosine(T: int, *, zero_terminal_snr: bool = False) -> Schedule:
+    """The cosine schedule, computed in float64 on the host, kept as float32 [T + 1] (Nichol & Dhariwal, Eq. 17).
+
+    zero_terminal_snr: stretched so that step T holds no image at all, step 1 stays (Lin et al. 2024, Algorithm 1).
+    """
     offset = 0.008
     curve = np.cos((np.arange(T + 1) / T + offset) / (1 + offset) * np.pi / 2) ** 2
     beta = np.minimum(1 - curve[1:] / curve[:-1], 0.999)
     log_alpha_bar = np.concatenate([[0.0], np.cumsum(np.log1p(-beta))])
     alpha, sigma = np.exp(log_alpha_bar / 2), np.sqrt(-np.expm1(log_alpha_bar))
+    if zero_terminal_snr:
+        alpha[1:] = (alpha[1:] - alpha[-1]) * alpha[1] / (alpha[1] - alpha[-1])
+        sigma[1:] = np.sqrt((1 - alpha[1:]) * (1 + alpha[1:]))
     return Schedule(jnp.asarray(alpha, jnp.float32), jnp.asarray(sigma, jnp.float32))
+
+
+def of(config: Params) -> Schedule:
+    """The schedule that a configuration asks for."""
+    return cosine(config.T, zero_terminal_snr=config.zero_terminal_snr)
 
 
 def mix_at(schedule: Schedule, t: Int[Array, "b"]) -> tuple[Float[Array, "b 1 1 1"], Float[Array, "b 1 1 1"]]:

@@ -29,19 +29,22 @@ class MetricsLog:
         """Time in training steps since the run began, resumptions included, pauses not."""
         return time.perf_counter() - self.began
 
-    def write(self, step: int, records) -> dict:
+    def write(self, step: int, records, **more) -> dict:
         """Add a line for the steps since the last one, from their training.Records on the host; returns it."""
+        taken = step - self.step
         line = {
             "step": step,
             "images": step * self.B,
             "epoch": step * self.B / self.pictures,
             "seconds": self.seconds,
-            "loss": float(records.loss.sum() / records.count.sum()),
+            "loss": float(records.loss.sum() / records.count.sum()) if records.count.any() else None,
             "loss_per_level": [
                 float(loss / count) if count else None for loss, count in zip(records.loss, records.count, strict=True)
             ],
-            "grad_norm": float(records.grad_norm / (step - self.step)),
-            "images_per_second": (step - self.step) * self.B / (time.perf_counter() - self.since),
+            "grad_norm": float(records.grad_norm / (taken - records.skipped)) if taken > records.skipped else None,
+            "skipped": int(records.skipped),
+            "images_per_second": taken * self.B / (time.perf_counter() - self.since),
+            **more,
         }
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")

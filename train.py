@@ -8,6 +8,7 @@ Missing pictures are prepared first. Checkpoints go to `models_vA0/epoch{N}` and
 import dataclasses
 import difflib
 import json
+import math
 import shlex
 import signal
 import sys
@@ -24,9 +25,10 @@ from params import PRESETS, Params
 
 MAY_CHANGE = {  # between a run and its resumption
     "data", "max_bad", "epochs", "minutes", "learning_rate", "clip", "weight_decay", "log_every", "sample_every",
-    "save_every",
+    "heldout", "save_every", "keep",
 }  # fmt: skip
 SAMPLES = 12  # pictures in a grid
+HOPELESS = 3  # steps in a row whose loss or gradient is not finite
 
 
 @dataclass(frozen=True)
@@ -92,12 +94,14 @@ def main() -> None:
 def run(options: Options) -> None:
     # Data: pictures, captions and their embeddings, on the device.
     import jax
+    import numpy as np
     from tqdm import tqdm
 
     import checkpoint
     import dataloader
     import dataset
     import emoji_sources
+    import heldout
     import schedule
     import text_encoder
     import training
@@ -137,7 +141,7 @@ def run(options: Options) -> None:
     print(f"{len(captions)} pictures of {config.vendor} to train on, {len(heldout_captions)} held out")
 
     # State: network, optimizer, averaged weights; new, or as the newest checkpoint left them.
-    init_key, *streams = jax.random.split(jax.random.key(config.seed), 4)
+    init_key, *streams = jax.random.split(jax.random.key(config.seed), 1 + len(training.Keys._fields))
     keys = training.Keys(*streams)
     graphdef = training.structure(config, encoder.dim)
     state = training.init(config, encoder.dim, init_key)
@@ -161,6 +165,14 @@ def run(options: Options) -> None:
         checkpoint.save(output / name, training.resumable(state), about=now)
         return output / name
 
+    def heldout_loss() -> dict:
+        """Loss of the averaged weights on pictures they were not trained on, as fields of a line of metrics.jsonl."""
+        if not len(asked):
+            return {}
+        each = heldout.loss_per_level(measure, state.ema.short, pictures.images[asked], *asked_text, T=config.T)
+        levels = [None if math.isnan(loss) else float(loss) for loss in each.mean(axis=0)]
+        return {"heldout_loss": float(heldout.per_picture(each, config.T).mean()), "heldout_loss_per_level": levels}
+
     def sample(name: str) -> Path:
         """A grid of the same prompts from the same seeds every time, drawn by the averaged weights."""
         prompts, seeds = about["prompts"], range(len(about["prompts"]))
@@ -170,9 +182,14 @@ def run(options: Options) -> None:
         return path
 
     # Training.
-    train_step = training.build_train_step(config, graphdef).lower(state, data, keys).compile()
     step = int(state.step)
     steps = -(-config.epochs * len(captions) // config.B)
+    train_step = training.build_train_step(config, graphdef, steps).lower(state, data, keys).compile()
+    learning_rate = training.learning_rate(config, steps)
+    asked = np.flatnonzero(pictures.heldout)
+    asked = asked[np.linspace(0, len(asked), min(config.heldout, len(asked)), endpoint=False).astype(int)]
+    asked_text = dataloader.encode(encoder, [pictures.names[row] for row in asked], config.TEXT_LEN)
+    measure = heldout.build_losses(config, graphdef)
     stop = stop_signal()
     in_flight = deque()  # at most two steps are queued, so that the clock is honest and Ctrl-C answers at once
     log = MetricsLog(output / "metrics.jsonl", step, about["seconds"], pictures=len(captions), B=config.B)
@@ -191,13 +208,17 @@ def run(options: Options) -> None:
         sampling = epoch // config.sample_every > before // config.sample_every
         saving = epoch // config.save_every > before // config.save_every
         if step % config.log_every == 0 or sampling or saving or step == steps or stop or out_of_time:
-            records, state = jax.device_get(state.records), state._replace(records=training.no_records())
-            if records.skipped:
+            records = jax.device_get(state.records)
+            state = state._replace(records=training.no_records(int(records.streak)))
+            if records.longest >= HOPELESS:
                 bar.close()
-                save("stopped")
-                sys.exit(not_finite(step, records.skipped, output))
-            line = log.write(step, records)
-            bar.set_postfix(loss=f"{line['loss']:.4f}")
+                sys.exit(
+                    f"{diagnosis(state, records, step, log.step)} The weights before them are in {save('stopped')}"
+                )
+            with log.paused():
+                more = heldout_loss() if sampling else {}
+            line = log.write(step, records, learning_rate=float(learning_rate(step - 1)), **more)
+            bar.set_postfix(loss=line["loss"], skipped=line["skipped"] or None)
         if saving and step < steps:
             with log.paused():
                 save(f"epoch{epoch}")
@@ -254,10 +275,23 @@ def same_run(path: Path, saved: dict, now: dict) -> None:
         )
 
 
-def not_finite(step: int, skipped: int, output: Path) -> str:
+def diagnosis(state, records, step: int, since: int) -> str:
+    """What is known of steps that were skipped because they were not finite, and what to do about it."""
+    import jax
+    import numpy as np
+
+    leaves = jax.tree.leaves(jax.device_get(state.weights))
+    largest = max(float(np.abs(leaf).max(initial=0)) for leaf in leaves)
+    good = step - since - records.skipped
+    if records.forward:
+        where, cure = "the loss itself", "look for captions or pictures that are broken"
+    else:
+        where, cure = "the gradient, while the loss was finite", "compute = float32 has more range"
+    norm = f"a gradient norm of {records.grad_norm / good:.3g} and" if good else "no finite gradient among them,"
     return (
-        f"the loss or gradient was not finite in {skipped} of the last steps before {step}; {output / 'stopped'} holds "
-        f"the last good state. Go on from it with a smaller --learning_rate or --clip: {again(resume=True)}"
+        f"train.py: {records.longest} steps in a row were not finite, {records.skipped} of {step - since} up to "
+        f"step {step}: {where}; otherwise {norm} weights up to {largest:.3g}. Lower --learning_rate or --clip and go "
+        f"on with {again(resume=True)}; if it comes back, {cure}."
     )
 
 
@@ -296,7 +330,7 @@ def describe(config: Params) -> None:
         )
     )
     step = training.build_train_step(config, training.structure(config, text_dim))
-    lowered = step.lower(state, data, training.Keys(key, key, key))
+    lowered = step.lower(state, data, training.Keys(*[key] * len(training.Keys._fields)))
     memory = lowered.compile().memory_analysis()
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.weights))
     print(f"{'parameters':18} {parameters / 1e6:.2f} M")

@@ -1,9 +1,10 @@
 """One step of training: noise a batch, predict the noise, descend.
 
 Each picture of a batch is diffused to its own random step t; the loss is the mean squared error of the predicted
-noise (Ho et al. 2020, Eq. 14), or of the velocity or the clean image where `prediction` says so. AdamW with linear
-warm-up and a clipped gradient norm takes the step; two moving averages of the weights, their lengths growing
-with the run, are what draws later. A step whose loss or gradient is not finite changes no weight and is counted.
+noise (Ho et al. 2020, Eq. 14), or of the velocity or the clean image where `prediction` says so, each noise level
+weighed as `loss_weight` says. AdamW behind a clipped gradient norm takes the step; two moving averages of the weights,
+their lengths growing with the run, are what draws later. A step whose loss or gradient is not finite changes no weight
+and is counted.
 """
 
 from collections.abc import Callable
@@ -11,14 +12,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 import dataloader
 import schedule as schedules
+from augmentation import augment
 from dataloader import Batch, Data
-from model import UNet
+from model import UNet, network
 from params import Params
 
 LEVELS = 10  # equal stretches of 1 … T over which the loss is recorded, the image side first
@@ -30,6 +33,7 @@ class Keys(NamedTuple):
     order: Key[Array, ""]
     dropout: Key[Array, ""]
     noise: Key[Array, ""]
+    regularization: Key[Array, ""]  # augmentation, and dropout in the network
 
 
 class Records(NamedTuple):
@@ -38,7 +42,10 @@ class Records(NamedTuple):
     loss: Float[Array, "levels"]
     count: Float[Array, "levels"]
     grad_norm: Float[Array, ""]
-    skipped: Int[Array, ""]  # steps that were not finite
+    skipped: Int[Array, ""]  # steps that were not finite …
+    forward: Int[Array, ""]  # … and of them, those whose loss already was not
+    streak: Int[Array, ""]  # steps skipped in a row up to now
+    longest: Int[Array, ""]  # streak
 
 
 class Averages(NamedTuple):
@@ -67,13 +74,26 @@ def resumed(state: TrainState, saved: dict) -> TrainState:
     return state._replace(ema=Averages(saved["ema_short"], saved["ema_long"]), **saved["train"])
 
 
-def no_records() -> Records:
-    return Records(jnp.zeros(LEVELS), jnp.zeros(LEVELS), jnp.zeros(()), jnp.zeros((), jnp.int32))
+def no_records(streak: int = 0) -> Records:
+    """Empty records; a streak that is not over goes on."""
+    counts = (jnp.array(count, jnp.int32) for count in (0, 0, streak, streak))
+    return Records(jnp.zeros(LEVELS), jnp.zeros(LEVELS), jnp.zeros(()), *counts)
 
 
-def build_optimizer(config: Params) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter 2019) behind a clipped gradient norm, the learning rate rising linearly at first."""
-    rate = optax.linear_schedule(0.0 if config.warmup else config.learning_rate, config.learning_rate, config.warmup)
+def learning_rate(config: Params, steps: int) -> optax.Schedule:
+    """Learning rate at each step: up linearly at first, then constant, or falling to 0 at step `steps`."""
+    peak, left = config.learning_rate, max(1, steps - config.warmup)
+    after = {
+        "constant": optax.constant_schedule(peak),
+        "cosine": optax.cosine_decay_schedule(peak, left),
+        "linear": optax.linear_schedule(peak, 0.0, left),
+    }[config.decay]
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, config.warmup), after], [config.warmup])
+
+
+def build_optimizer(config: Params, steps: int) -> optax.GradientTransformation:
+    """AdamW (Loshchilov & Hutter 2019) behind a clipped gradient norm."""
+    rate = learning_rate(config, steps)
     return optax.chain(optax.clip_by_global_norm(config.clip), optax.adamw(rate, weight_decay=config.weight_decay))
 
 
@@ -85,7 +105,7 @@ def structure(config: Params, text_dim: int) -> nnx.GraphDef:
 def initial(config: Params, text_dim: int, key: Key[Array, ""]) -> TrainState:
     """The state that training starts from: random weights, averages equal to them, an optimizer at rest."""
     weights = nnx.to_pure_dict(nnx.state(UNet(config, text_dim, nnx.Rngs(key))))
-    optimizer = build_optimizer(config).init(weights)
+    optimizer = build_optimizer(config, steps=1).init(weights)  # at rest it is the same for any number of steps
     ema = Averages(*(jax.tree.map(jnp.copy, weights) for _ in Averages._fields))  # own buffers: all are donated
     return TrainState(weights, ema, optimizer, jnp.zeros((), jnp.int32), no_records())
 
@@ -96,34 +116,54 @@ def init(config: Params, text_dim: int, key: Key[Array, ""]) -> TrainState:
     return jax.jit(lambda key: initial(config, text_dim, key), compiler_options=fast)(key)
 
 
-def loss_per_picture(
-    model: UNet, batch: Batch, key: Key[Array, ""], schedule: schedules.Schedule, prediction: schedules.Prediction
-) -> tuple[Float[Array, "b"], Int[Array, "b"]]:
-    """The loss of each picture of a batch, and the random steps t they were diffused to."""
-    t_key, noise_key = jax.random.split(key)
-    t = jax.random.randint(t_key, (len(batch.image),), 1, schedule.T + 1)
-    noise = jax.random.normal(noise_key, batch.image.shape)
-    return loss_at(model, batch, noise, t, schedule, prediction), t
+def random_steps(key: Key[Array, ""], config: Params) -> Int[Array, "b"]:
+    """Steps t from 1 to T, one for each picture of a batch.
+
+    Each by itself, or spread evenly from a common random start, so that every batch meets all noise levels alike
+    (Kingma et al. 2021, Appendix I.1).
+    """
+    if not config.low_discrepancy:
+        return jax.random.randint(key, (config.B,), 1, config.T + 1)
+    place = (jax.random.uniform(key) + jnp.arange(config.B) / config.B) % 1
+    return jnp.minimum(1 + jnp.floor(place * config.T), config.T).astype(jnp.int32)
+
+
+def loss_weight(schedule: schedules.Schedule, t: Int[Array, "b"], config: Params) -> Float[Array, "b"]:
+    """How much a picture at step t counts: 1, or as min-SNR-γ says (Hang et al. 2023, Section 3.4).
+
+    That is min(SNR, γ) on the error of the clean image; the same error is SNR times as large in the noise, SNR + 1
+    times in the velocity.
+    """
+    if config.loss_weight == "uniform":
+        return jnp.ones(len(t))
+    snr = (schedule.alpha[t] / schedule.sigma[t]) ** 2
+    return jnp.minimum(snr, config.snr_gamma) / {"eps": snr, "v": snr + 1, "x0": 1.0}[config.prediction]
 
 
 def loss_at(
-    model: nnx.Module,
+    model: Callable[..., Float[Array, "b h w c"]],
     batch: Batch,
     noise: Float[Array, "b h w c"],
     t: Int[Array, "b"],
     schedule: schedules.Schedule,
     prediction: schedules.Prediction,
+    *regularization: Array | None,
 ) -> Float[Array, "b"]:
     """Squared error of the prediction at steps t, mean over each picture  (Ho et al. 2020, Eq. 14)."""
     noisy = schedules.add_noise(schedule, batch.image, noise, t)
-    predicted = model(noisy, t, batch.text_emb, batch.text_mask)
+    predicted = model(noisy, t, batch.text_emb, batch.text_mask, *regularization)
     target = schedules.target(schedule, batch.image, noise, t, prediction)
     return jnp.mean((predicted - target) ** 2, axis=(1, 2, 3))
 
 
-def ema_decay(step: Int[Array, ""], longest: float) -> Float[Array, ""]:
-    """Decay of the average at a step: short at first, so that the initial weights are soon forgotten."""
-    return jnp.minimum(longest, (1 + step) / (10 + step))
+def ema_decay(step: Int[Array, ""], length: float) -> Float[Array, ""]:
+    """Decay of an average at a step (0 the first) that keeps its length, as a share of the run so far, at all times.
+
+    The weights of step t enter in proportion to t^γ: the power-function average of Karras et al. 2024, Eq. 4; `length`
+    is its relative standard deviation, whose γ is the root of their Algorithm 2.
+    """
+    gamma = np.roots([1, 7, 16 - length**-2, 12 - length**-2]).real.max()
+    return (1 - 1 / (step + 1)) ** (gamma + 1)
 
 
 def averaged(average: dict, weights: dict, decay: Float[Array, ""]) -> dict:
@@ -131,24 +171,58 @@ def averaged(average: dict, weights: dict, decay: Float[Array, ""]) -> dict:
 
 
 def build_train_step(
-    config: Params, graphdef: nnx.GraphDef
+    config: Params, graphdef: nnx.GraphDef, steps: int = 0
 ) -> Callable[[TrainState, Data, Keys], tuple[TrainState, Float[Array, ""]]]:
-    """The jitted step: (state, data, keys) -> (next state, loss); the state's buffers are donated."""
-    schedule = schedules.cosine(config.T)
-    optimizer = build_optimizer(config)
+    """The jitted step: (state, data, keys) -> (next state, loss); the state's buffers are donated.
+
+    steps: of the whole run; a decaying learning rate needs to know.
+    """
+    assert steps or config.decay == "constant"
+    schedule = schedules.of(config)
+    optimizer = build_optimizer(config, steps)
+
+    def objective(weights: dict, part: tuple) -> tuple[Float[Array, ""], Float[Array, "b"]]:
+        batch, noise, t, regularization = part
+        model = network(config, graphdef, weights)
+        losses = loss_at(model, batch, noise, t, schedule, config.prediction, *regularization)
+        return (loss_weight(schedule, t, config) * losses).mean(), losses
+
+    def descend(weights: dict, batch: Batch, noise: Array, t: Array, key: Array) -> tuple[Array, Array, dict]:
+        """Loss, losses of each picture, gradient; a part of the batch after the other where `accumulate` says so."""
+        augment_key, dropout_key = jax.random.split(key)
+        labels, dropout_keys = None, jax.random.split(dropout_key, config.accumulate) if config.dropout else None
+        if config.augmentation:
+            image, labels = augment(batch.image, augment_key, config.augmentation)
+            batch = batch._replace(image=image)
+        gradient_of = jax.value_and_grad(objective, has_aux=True)
+        if config.accumulate == 1:
+            key = None if dropout_keys is None else dropout_keys[0]
+            (loss, losses), gradient = gradient_of(weights, (batch, noise, t, (labels, key)))
+            return loss, losses, gradient
+
+        def add(sums: tuple, part: tuple) -> tuple[tuple, Array]:
+            (loss, losses), gradient = gradient_of(weights, part)
+            return jax.tree.map(jnp.add, sums, (loss, gradient)), losses
+
+        def cut(leaf: Array) -> Array:
+            return leaf.reshape(config.accumulate, -1, *leaf.shape[1:])
+
+        parts = (*jax.tree.map(cut, (batch, noise, t)), (jax.tree.map(cut, labels), dropout_keys))
+        nothing = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, weights))
+        unroll = jax.default_backend() == "cpu"  # where XLA runs convolutions inside a loop many times slower
+        (loss, gradient), losses = jax.lax.scan(add, nothing, parts, unroll=unroll)
+        loss, gradient = jax.tree.map(lambda total: total / config.accumulate, (loss, gradient))
+        return loss, losses.ravel(), gradient
 
     def train_step(state: TrainState, data: Data, keys: Keys) -> tuple[TrainState, Float[Array, ""]]:
         batch = dataloader.sample_batch(
             data, keys.order, keys.dropout, state.step, B=config.B, embedding_dropout=config.embedding_dropout
         )
+        t_key, noise_key = jax.random.split(jax.random.fold_in(keys.noise, state.step))
+        t, noise = random_steps(t_key, config), jax.random.normal(noise_key, batch.image.shape)
+        key = jax.random.fold_in(keys.regularization, state.step)
+        loss, losses, gradient = descend(state.weights, batch, noise, t, key)
 
-        def objective(weights: dict):
-            model = nnx.merge(graphdef, nnx.State(weights))
-            step_key = jax.random.fold_in(keys.noise, state.step)
-            losses, t = loss_per_picture(model, batch, step_key, schedule, config.prediction)
-            return losses.mean(), (losses, t)
-
-        (loss, (losses, t)), gradient = jax.value_and_grad(objective, has_aux=True)(state.weights)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.weights)
         weights = optax.apply_updates(state.weights, updates)
         ema = Averages(
@@ -156,17 +230,22 @@ def build_train_step(
             long=averaged(state.ema.long, weights, ema_decay(state.step, config.ema_long)),
         )
 
-        grad_norm = optax.tree.norm(gradient)
+        grad_norm, records = optax.tree.norm(gradient), state.records
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         level = (t - 1) * LEVELS // config.T
-        records = Records(
-            loss=state.records.loss.at[level].add(losses),
-            count=state.records.count.at[level].add(1.0),
-            grad_norm=state.records.grad_norm + grad_norm,
-            skipped=state.records.skipped,
+        good = records._replace(
+            loss=records.loss.at[level].add(losses),
+            count=records.count.at[level].add(1.0),
+            grad_norm=records.grad_norm + grad_norm,
+            streak=jnp.zeros_like(records.streak),
         )
-        moved = (weights, ema, optimizer_state, records)
-        stayed = (*state[:3], state.records._replace(skipped=state.records.skipped + 1))
+        bad = records._replace(
+            skipped=records.skipped + 1,
+            forward=records.forward + ~jnp.isfinite(loss),
+            streak=records.streak + 1,
+            longest=jnp.maximum(records.longest, records.streak + 1),
+        )
+        moved, stayed = (weights, ema, optimizer_state, good), (*state[:3], bad)
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, stayed)
         weights, ema, optimizer_state, records = kept
         return TrainState(weights, ema, optimizer_state, state.step + 1, records), loss

@@ -21,11 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import jax
 import jax.numpy as jnp
 import made_up
-from flax import nnx
 
 import dataloader
 import device
 import training
+from model import network
 from params import PRESETS
 from pipeline import STEPS
 
@@ -67,7 +67,7 @@ def main() -> None:
     if name not in PRESETS:
         sys.exit(f"no preset {name!r} (presets: {', '.join(PRESETS)})")
     config = PRESETS[name]
-    keys = training.Keys(*jax.random.split(jax.random.key(0), 3))
+    keys = training.Keys(*jax.random.split(jax.random.key(0), len(training.Keys._fields)))
     pictures = config.MAX_INDEX or 1824
     data = made_up.data(config, pictures)
     graphdef = training.structure(config, made_up.TEXT_DIM)
@@ -79,7 +79,7 @@ def main() -> None:
         )
     )
     draw = made_up.drawer(config, graphdef, data, pictures=1, sampler="dpmpp_2m", steps=STEPS)
-    forward = jax.jit(lambda weights, *inputs: nnx.merge(graphdef, nnx.State(weights))(*inputs))
+    forward = jax.jit(lambda weights, *inputs: network(config, graphdef, weights)(*inputs))
     first = batch(data, keys, jnp.int32(0))
     inputs = (first.image, jnp.ones(config.B, jnp.int32), first.text_emb, first.text_mask)
     flops = forward.lower(state.weights, *inputs).cost_analysis()["flops"]

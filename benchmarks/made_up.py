@@ -32,7 +32,7 @@ def drawer(
 ) -> Callable[[dict], jax.Array]:
     """weights -> pictures: this project's sampler on a guided batch."""
     draw = build_draw(config, graphdef)
-    along = tuple(samplers.timesteps(schedule.cosine(config.T), "trailing", steps).tolist())
+    along = tuple(samplers.timesteps(schedule.of(config), "trailing", steps).tolist())
     noise = jax.random.normal(jax.random.key(0), (pictures, config.H, config.W, config.CHANNELS))
     captions = (data.text_emb[:pictures, None], data.text_mask[:pictures, None])
     request = Request(noise, jnp.arange(pictures), *captions, jnp.ones((pictures, 1)))

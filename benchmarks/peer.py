@@ -105,12 +105,12 @@ def ours(config, *, pictures: int, steps: int) -> tuple[dict[str, Trial], dict]:
     import jax
     import jax.numpy as jnp
     import made_up
-    from flax import nnx
 
     import training
+    from model import network
 
     data = made_up.data(config, IMAGES)
-    keys = training.Keys(*jax.random.split(jax.random.key(0), 3))
+    keys = training.Keys(*jax.random.split(jax.random.key(0), len(training.Keys._fields)))
     graphdef = training.structure(config, TEXT_DIM)
     state = training.init(config, TEXT_DIM, jax.random.key(0))
     train_step = training.build_train_step(config, graphdef)
@@ -125,7 +125,7 @@ def ours(config, *, pictures: int, steps: int) -> tuple[dict[str, Trial], dict]:
         jax.block_until_ready(draw_pictures(state.ema.short))
 
     def forward(weights, *inputs):
-        return nnx.merge(graphdef, nnx.State(weights))(*inputs)
+        return network(config, graphdef, weights)(*inputs)
 
     product = jax.make_jaxpr(jnp.matmul)(jnp.ones((2, 3)), jnp.ones((3, 5)))
     assert count_flops(product.jaxpr) == 2 * 2 * 3 * 5  # a multiply-add is two
@@ -201,7 +201,7 @@ def build_trainer(config: SimpleNamespace, widths: tuple[int, ...], *, bf16: boo
     unet = build_unet(config, widths).to(memory_format=memory_format)
     weights = list(unet.parameters())
     optimizer = torch.optim.AdamW(weights, config.learning_rate, weight_decay=config.weight_decay, **{adamw: True})
-    averages = {decay: [weight.detach().clone() for weight in weights] for decay in (config.ema_short, config.ema_long)}
+    averages = {decay: [weight.detach().clone() for weight in weights] for decay in (0.999, 0.9997)}
     scheduler = DDPMScheduler(config.T, beta_schedule="squaredcos_cap_v2")
     images = torch.randint(0, 256, (IMAGES, config.CHANNELS, config.H, config.W), dtype=torch.uint8)
     captions, null = torch.randn(IMAGES, config.TEXT_LEN, TEXT_DIM), torch.zeros(config.TEXT_LEN, TEXT_DIM)

@@ -12,8 +12,8 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
 
-TYPED = ["dataloader", "dataset", "drawing", "features", "guidance", "judge", "metrics", "model", "samplers"]
-TYPED += ["schedule", "text_encoder", "training"]
+TYPED = ["augmentation", "dataloader", "dataset", "drawing", "features", "guidance", "judge", "metrics", "model"]
+TYPED += ["samplers", "schedule", "text_encoder", "training"]
 jaxtyping.install_import_hook(TYPED, "beartype.beartype")
 
 
@@ -44,6 +44,6 @@ def tiny(shapes):
     return Params(
         data=str(shapes), vendor="Mine", encoder="sentence-transformers/all-MiniLM-L6-v2", TEXT_LEN=7, H=8, W=12,
         T=50, T_dim=6, T_out=10, BASE_DIM=8, DIM_MULTS=(1, 2), BLOCKS=1, self_attention=(1,), cross_attention=(1,),
-        HEAD_DIM=4, B=3, epochs=2, warmup=2, learning_rate=1e-2, ema_short=0.9, ema_long=0.99,
+        HEAD_DIM=4, B=3, epochs=2, warmup=2, learning_rate=1e-2, ema_short=0.1, ema_long=0.2,
         log_every=2, sample_every=1, save_every=1,
     )  # fmt: skip

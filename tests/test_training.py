@@ -6,13 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from golden import make_train_step
 
 import checkpoint
 import dataloader
 import schedule as schedules
 import training
 
-KEYS = training.Keys(*jax.random.split(jax.random.key(7), 3))
+KEYS = training.Keys(*jax.random.split(jax.random.key(7), len(training.Keys._fields)))
 TEXT_DIM = 5
 
 
@@ -118,9 +119,39 @@ def test_the_first_step_is_what_optax_makes_of_the_gradient(tiny, data, compiled
         np.testing.assert_allclose(new, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_the_average_forgets_its_start_and_then_keeps_its_length():
-    decays = [float(training.ema_decay(jnp.int32(step), 0.99)) for step in (0, 10, 90, 10_000)]
-    np.testing.assert_allclose(decays, [1 / 10, 11 / 20, 91 / 100, 0.99], rtol=1e-6)
+@pytest.mark.parametrize("length", [0.05, 0.1, 0.25])
+def test_an_average_keeps_its_length_as_a_share_of_the_run(length):
+    """Karras et al. 2024, Eq. 4: step t counts in proportion to t^gamma, whose relative deviation is `length`."""
+    steps = 2000
+    decays = np.array([training.ema_decay(jnp.int32(step), length) for step in range(steps)], np.float64)
+    share = (1 - decays) * np.append(np.cumprod(decays[:0:-1])[::-1], 1.0)  # of each step in the last average
+    np.testing.assert_allclose(share.sum(), 1, rtol=1e-4)  # nothing is left of the initial weights
+    place = (np.arange(steps) + 1) / steps
+    mean = (share * place).sum()
+    np.testing.assert_allclose(np.sqrt((share * (place - mean) ** 2).sum()), length, rtol=1e-2)
+
+
+def test_the_average_of_the_first_step_is_that_step():
+    assert training.ema_decay(jnp.int32(0), 0.1) == 0
+
+
+GOLDEN = dict(np.load(make_train_step.FILE))
+
+
+@pytest.mark.parametrize(
+    "no_op",
+    [
+        {},
+        {"loss_weight": "min_snr", "snr_gamma": 1000.0},  # ε is then weighed by min(SNR, γ) / SNR, SNR below 1000
+        {"augmentation": 1e-12, "dropout": 1e-12, "accumulate": 3},  # the network is told of no change, and drops none
+    ],
+    ids=str,
+)
+def test_options_at_their_no_op_value_leave_a_step_as_it_was_before_they_came(no_op):
+    found = make_train_step.run(dataclasses.replace(make_train_step.CONFIG, **no_op))
+    np.testing.assert_allclose(found["losses"], GOLDEN["losses"], rtol=5e-4)  # parts of a batch round differently
+    if len(found["sizes"]) == len(GOLDEN["sizes"]):
+        np.testing.assert_allclose(found["sizes"], GOLDEN["sizes"], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v", "x0"])

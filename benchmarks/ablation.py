@@ -1,0 +1,199 @@
+"""One choice of the recipe after the other, at equal cost: `python benchmarks/ablation.py [--minutes 30] [--only NAME…]`.
+
+Each run is `train.py cpu` on the first 512 pictures with a few fields changed. So that a busy machine bends nothing, cost
+is counted in pictures: as many as the run's network gets through in `minutes` on one core, by the rates of PACE, which
+`--pace` measures anew, one step of each in turn. Runs go on where they were stopped, `--at_once` of them side by side.
+
+Judged on the averaged weights: the error on held-out pictures, each level's and overall, as the geometric mean of the
+error of the velocity (whatever is predicted, so that runs compare) beside that of the first run on the same questions;
+and caption accuracy: drawings of 128 training captions (c = 2) among the 512 pictures, and their distance to their own.
+"""
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import tyro
+
+from params import PRESETS, Params
+
+ROOT = Path(__file__).resolve().parent.parent
+PICTURES, DRAWN = 512, 128
+RUNS = {
+    "v": {},
+    "eps": {"prediction": "eps"},
+    "x0": {"prediction": "x0"},
+    "v, min-SNR": {"loss_weight": "min_snr"},
+    "eps, min-SNR": {"prediction": "eps", "loss_weight": "min_snr"},
+    "x0, min-SNR": {"prediction": "x0", "loss_weight": "min_snr"},
+    "v, patch 1": {"PATCH": 1, "BASE_DIM": 64},
+    "v, patch 4": {"PATCH": 4, "BASE_DIM": 192},
+    "x0, patch 4": {"PATCH": 4, "BASE_DIM": 192, "prediction": "x0"},
+    "v, dropout": {"dropout": 0.1},
+    "v, augmentation": {"augmentation": 0.15},
+    "v, even t": {"low_discrepancy": True},
+}
+SECOND_SEED = ("v", "x0")  # run once more with another seed: how much of a difference is chance
+
+
+@dataclass(frozen=True)
+class Options:
+    minutes: float = 30.0  # of one core for each run
+    only: tuple[str, ...] = ()  # names of the runs to do, if not all
+    at_once: int = 2  # runs side by side, on one core each
+    output: Path = Path("ablation")  # folder of the runs and of results.json
+    pace: bool = False  # measure the rates, print them and stop
+
+
+PACE = {}  # pictures per second on one core, by (PATCH, BASE_DIM); the median of --pace
+
+
+def configs() -> dict[str, Params]:
+    """Every run by name: the `cpu` preset with its changes."""
+    base = dataclasses.replace(PRESETS["cpu"], MAX_INDEX=PICTURES)
+    runs = {name: dataclasses.replace(base, **changes) for name, changes in RUNS.items()}
+    return runs | {f"{name}, seed 1": dataclasses.replace(runs[name], seed=1) for name in SECOND_SEED}
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__, use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,))
+    runs = configs()
+    if options.pace:
+        return print(pace(runs))
+    if unknown := set(options.only) - set(runs):
+        sys.exit(f"ablation.py: --only {', '.join(sorted(unknown))}: allowed are {', '.join(runs)}")
+    chosen = {name: config for name, config in runs.items() if name in options.only or not options.only}
+    cores = sorted(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(options.at_once) as pool:
+        list(pool.map(lambda item: train(options, *item, cores), enumerate(chosen.items())))
+    results = {name: measure(options.output / folder(name)) for name in chosen}
+    (options.output / "results.json").write_text(json.dumps(results, indent=1))
+    print(table(results))
+
+
+def folder(name: str) -> str:
+    return name.replace(", ", "_").replace(" ", "_")
+
+
+def train(options: Options, number: int, run: tuple[str, Params], cores: list[int]) -> None:
+    """Train into a folder of its own, going on where it was stopped, unless it holds the end of a run."""
+    name, config = run
+    output = options.output / folder(name)
+    if (output / "final").is_dir():
+        return
+    seen = options.minutes * 60 * PACE[config.PATCH, config.BASE_DIM]
+    words = [sys.executable, str(ROOT / "train.py"), "cpu", "--output", str(output)]
+    words += ["--epochs", str(round(seen / PICTURES)), "--sample_every", "10", "--save_every", "5"]
+    for field in dataclasses.fields(Params):
+        value = getattr(config, field.name)
+        if value != getattr(PRESETS["cpu"], field.name):
+            words += [f"--{field.name}"] + ([] if value is True else [str(value)])
+    words += ["--resume"] * any(output.glob("[!.]*/about"))
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / "log.txt").open("a") as log:
+        core = cores[number % len(cores)]
+        done = subprocess.run(["taskset", "-c", str(core), *words], stdout=log, stderr=log, cwd=ROOT)
+    print(f"{name}: {'trained' if done.returncode == 0 else f'stopped, see {output}/log.txt'}", flush=True)
+
+
+def pace(runs: dict[str, Params]) -> dict[str, float]:
+    """Pictures per second of each network on this process's cores: one step of each in turn, medians."""
+    import jax
+    import made_up
+
+    import training
+
+    steps = {}
+    for config in {(config.PATCH, config.BASE_DIM): config for config in runs.values()}.values():
+        data = made_up.data(config, PICTURES)
+        keys = training.Keys(*jax.random.split(jax.random.key(0), len(training.Keys._fields)))
+        state = training.init(config, made_up.TEXT_DIM, jax.random.key(0))
+        step = training.build_train_step(config, training.structure(config, made_up.TEXT_DIM))
+        steps[config.PATCH, config.BASE_DIM] = [step, state, data, keys]
+    times = {size: [] for size in steps}
+    for _ in range(12):
+        for size, (step, state, data, keys) in steps.items():
+            start = time.perf_counter()
+            state, loss = step(state, data, keys)
+            loss.block_until_ready()
+            jax.block_until_ready(state.weights)
+            times[size].append(time.perf_counter() - start)
+            steps[size][1] = state
+    return {str(size): round(8 / statistics.median(taken[2:]), 1) for size, taken in times.items()}
+
+
+def measure(run: Path) -> dict:
+    """Held-out errors and caption accuracy of a run's end."""
+    if (run / "measured.json").is_file():
+        return json.loads((run / "measured.json").read_text())
+    import numpy as np
+
+    import dataloader
+    import dataset
+    import heldout
+    import metrics
+    import training
+    from pipeline import DiffusionPipeline
+
+    pipeline = DiffusionPipeline(run / "final")
+    config, encoder = pipeline.config, pipeline.encoder
+    everything = dataset.of(dataclasses.replace(config, MAX_INDEX=0))
+    rows = np.flatnonzero(everything.heldout)
+    text = dataloader.encode(encoder, [everything.names[row] for row in rows], config.TEXT_LEN)
+    losses = heldout.build_losses(config, training.structure(config, encoder.dim))
+    each = heldout.loss_per_level(losses, pipeline.weights, everything.images[rows], *text, T=config.T)
+    error = np.log(heldout.in_velocity(each, config))
+
+    pictures = dataset.of(config)
+    known = np.flatnonzero(~pictures.heldout)
+    own = np.linspace(0, len(known), DRAWN, endpoint=False).astype(int)
+    prompts = [pictures.names[known[row]] for row in own]
+    drawn = pipeline.generate_arrays(prompts, seeds=range(DRAWN), c=2.0)
+    flat = [np.asarray(images, np.float32).reshape(len(images), -1) for images in (drawn, pictures.images[known])]
+    distance = metrics.distances(*flat)
+    rank = metrics.ranks(distance, own)
+    with (run / "metrics.jsonl").open() as lines:
+        last = json.loads(lines.readlines()[-1])
+    found = {
+        "pictures": last["images"],
+        "log_error": error.tolist(),
+        "top1": float((rank < 1).mean()),
+        "top5": float((rank < 5).mean()),
+        "median_rank": float(np.median(rank) + 1),
+        "own_distance": float(distance[np.arange(DRAWN), own].mean()),
+    }
+    (run / "measured.json").write_text(json.dumps(found))
+    return found
+
+
+def table(results: dict[str, dict]) -> str:
+    """Markdown: each run beside the first one on the same questions, with the standard error of the difference."""
+    import numpy as np
+
+    first = np.array(next(iter(results.values()))["log_error"])
+    lines = [
+        "| run | pictures seen | held-out error beside the first | tenths 1, 3, 5, 7, 9 | nearest | top 5 | median rank |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, found in results.items():
+        ratio = np.array(found["log_error"]) - first
+        mean, error = ratio.mean(), ratio.mean(axis=1).std(ddof=1) / np.sqrt(len(ratio))
+        levels = ", ".join(f"{np.exp(ratio.mean(axis=0)[level]):.2f}" for level in (0, 2, 4, 6, 8))
+        lines.append(
+            f"| {name} | {found['pictures']:,} | {np.exp(mean):.3f} ± {error:.3f} | {levels} | "
+            f"{found['top1']:.1%} | {found['top5']:.1%} | {found['median_rank']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
