@@ -130,10 +130,9 @@ def run(options: Options) -> None:
         sys.exit(
             f"train.py: --TEXT_LEN = {config.TEXT_LEN}: {config.encoder} takes at most {encoder.max_length} tokens"
         )
-    rows = list(zip(pictures.names, pictures.heldout, strict=True))
-    captions = [name for name, heldout in rows if not heldout]
-    heldout_captions = [name for name, heldout in rows if heldout]
-    data = dataloader.load(pictures.images[~pictures.heldout], captions, encoder, config.TEXT_LEN)
+    shown, heldout_captions = dataset.side(pictures, heldout=False), dataset.side(pictures, heldout=True).names
+    captions, concepts = shown.names, len(set(shown.indexes))
+    data = dataloader.load(shown, encoder, config)
     print(f"{len(captions)} pictures of {config.vendor} to train on, {len(heldout_captions)} held out")
 
     # State: network, optimizer, averaged weights; new, or as the newest checkpoint left them.
@@ -157,7 +156,7 @@ def run(options: Options) -> None:
         print(f"resumed from {newest}, step {int(state.step)}")
 
     def save(name: str) -> Path:
-        now = {**about, "epoch": step * config.B / len(captions), "step": step, "seconds": log.seconds}
+        now = {**about, "epoch": step * config.B / concepts, "step": step, "seconds": log.seconds}
         checkpoint.save(output / name, training.resumable(state), about=now)
         return output / name
 
@@ -172,10 +171,10 @@ def run(options: Options) -> None:
     # Training.
     train_step = training.build_train_step(config, graphdef).lower(state, data, keys).compile()
     step = int(state.step)
-    steps = -(-config.epochs * len(captions) // config.B)
+    steps = -(-config.epochs * concepts // config.B)
     stop = stop_signal()
     in_flight = deque()  # at most two steps are queued, so that the clock is honest and Ctrl-C answers at once
-    log = MetricsLog(output / "metrics.jsonl", step, about["seconds"], pictures=len(captions), B=config.B)
+    log = MetricsLog(output / "metrics.jsonl", step, about["seconds"], pictures=concepts, B=config.B)
     bar = tqdm(total=steps * config.B, initial=step * config.B, unit="img", smoothing=0.05, disable=None)
     out_of_time = 0 < config.minutes * 60 <= log.seconds
     while step < steps and not stop and not out_of_time:
@@ -187,7 +186,7 @@ def run(options: Options) -> None:
         bar.update(config.B)
         out_of_time = 0 < config.minutes * 60 <= log.seconds
 
-        epoch, before = step * config.B // len(captions), (step - 1) * config.B // len(captions)
+        epoch, before = step * config.B // concepts, (step - 1) * config.B // concepts
         sampling = epoch // config.sample_every > before // config.sample_every
         saving = epoch // config.save_every > before // config.save_every
         if step % config.log_every == 0 or sampling or saving or step == steps or stop or out_of_time:
@@ -293,6 +292,7 @@ def describe(config: Params) -> None:
             jnp.zeros((n, config.TEXT_LEN), bool),
             jnp.zeros((config.TEXT_LEN, text_dim)),
             jnp.zeros(config.TEXT_LEN, bool),
+            dataloader.one_each(n),
         )
     )
     step = training.build_train_step(config, training.structure(config, text_dim))

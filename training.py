@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Key
 
 import dataloader
 import schedule as schedules
-from dataloader import Batch, Data
+from dataloader import Batch, Data, Picked
 from model import UNet
 from params import Params
 
@@ -132,15 +132,13 @@ def averaged(average: dict, weights: dict, decay: Float[Array, ""]) -> dict:
 
 def build_train_step(
     config: Params, graphdef: nnx.GraphDef
-) -> Callable[[TrainState, Data, Keys], tuple[TrainState, Float[Array, ""]]]:
-    """The jitted step: (state, data, keys) -> (next state, loss); the state's buffers are donated."""
+) -> Callable[[TrainState, Data | Picked, Keys], tuple[TrainState, Float[Array, ""]]]:
+    """The jitted step: (state, source, keys) -> (next state, loss); the state's buffers are donated."""
     schedule = schedules.cosine(config.T)
     optimizer = build_optimizer(config)
 
-    def train_step(state: TrainState, data: Data, keys: Keys) -> tuple[TrainState, Float[Array, ""]]:
-        batch = dataloader.sample_batch(
-            data, keys.order, keys.dropout, state.step, B=config.B, embedding_dropout=config.embedding_dropout
-        )
+    def train_step(state: TrainState, source: Data | Picked, keys: Keys) -> tuple[TrainState, Float[Array, ""]]:
+        batch = dataloader.batch_of(source, keys.order, keys.dropout, state.step, config)
 
         def objective(weights: dict):
             model = nnx.merge(graphdef, nnx.State(weights))
