@@ -59,7 +59,7 @@ class Pictures(NamedTuple):
     keywords: list[str]  # "face, happy, joy", or ""
     heldout: np.ndarray  # bool [N]
     faults: list[Fault]
-    fingerprint: str  # SHA-256 of captions, `#` and pixels; of the files' sizes where pictures stay on the disk
+    fingerprint: str  # SHA-256 of all of the above but the files; of all but the pixels where they stay there
 
 
 class Row(NamedTuple):
@@ -141,7 +141,7 @@ def load(
     files = [root / "image" / one / f"{row.index}.png" for row, one in kept]
     heldout = np.array([row.heldout for row, _ in kept])
     pictures = Pictures(np.stack(images) if decode else None, names, indexes, files, keywords, heldout, faults, "")
-    return pictures._replace(fingerprint=_fingerprint(pictures, by_size=not decode))
+    return pictures._replace(fingerprint=_fingerprint(pictures, pixels=decode))
 
 
 def of(config: Params, root: Path | None = None, *, decode: bool = True) -> Pictures:
@@ -151,7 +151,7 @@ def of(config: Params, root: Path | None = None, *, decode: bool = True) -> Pict
     options = {"limit": config.MAX_INDEX, "max_bad": config.max_bad, "decode": decode, **size}
     pictures = load(where, vendor=config.vendor, **options)
     if config.stream and decode:  # recognise what a run that streamed was trained on
-        return pictures._replace(fingerprint=_fingerprint(pictures, by_size=True))
+        return pictures._replace(fingerprint=_fingerprint(pictures, pixels=False))
     return pictures
 
 
@@ -198,21 +198,20 @@ def decoded(file: Path, shape: tuple[int, int, int]) -> np.ndarray:
     image = _fitted(file, shape)
     if isinstance(image, str):
         raise DatasetError(
-            f"{file}: {image}. Mend it, or delete it to train without it; "
-            f"`python prepare_dataset.py --check --data {file.parents[2]}` lists every broken picture"
+            f"{file}: {image}. Put a good picture in its place and go on with --resume; "
+            f"`python prepare_dataset.py --check --data {file.parents[2]}` lists every broken one"
         )
     return image
 
 
-def _fingerprint(pictures: Pictures, *, by_size: bool) -> str:
-    """SHA-256 of captions, `#`, keywords and split, and of every pixel; `by_size` of the files' sizes instead.
+def _fingerprint(pictures: Pictures, *, pixels: bool) -> str:
+    """SHA-256 of captions, `#`, keywords, split and pixels; without `pixels` of the files' names in their stead.
 
-    Sizes are those of a copy on another machine too, and nothing is decoded for them.
+    The latter decodes nothing, and stays the same where a broken picture was replaced by a good one.
     """
-    shape = len(pictures.files) if by_size else pictures.images.shape
-    words = [shape, pictures.names, pictures.indexes, pictures.keywords, pictures.heldout.tolist()]
-    rest = np.array([file.stat().st_size for file in pictures.files]) if by_size else pictures.images
-    return hashlib.sha256(json.dumps(words).encode() + rest.tobytes()).hexdigest()
+    of = pictures.images.shape if pixels else [f"{file.parent.name}/{file.name}" for file in pictures.files]
+    words = json.dumps([of, pictures.names, pictures.indexes, pictures.keywords, pictures.heldout.tolist()])
+    return hashlib.sha256(words.encode() + (pictures.images.tobytes() if pixels else b"")).hexdigest()
 
 
 def check(root: Path) -> list[Fault]:

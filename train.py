@@ -7,6 +7,7 @@ Missing pictures are prepared first. Checkpoints go to `models_vA0/epoch{N}` and
 
 import dataclasses
 import difflib
+import itertools
 import json
 import shlex
 import signal
@@ -99,6 +100,7 @@ def run(options: Options) -> None:
     import dataset
     import emoji_sources
     import schedule
+    import stream
     import text_encoder
     import training
     from grids import captioned_grid, save_png
@@ -120,7 +122,7 @@ def run(options: Options) -> None:
     if config.data == Params.data:
         config = dataclasses.replace(config, vendor=emoji_sources.ensure(root, config.vendor))
     config = dataclasses.replace(config, encoder=text_encoder.resolved(config.encoder))  # drawing may start elsewhere
-    pictures = dataset.of(config)
+    pictures = dataset.of(config, decode=not config.stream)
     for fault in pictures.faults[:5]:
         print(f"skipped: {fault.where}: {fault.what}")
     if len(pictures.faults) > 5:
@@ -132,7 +134,7 @@ def run(options: Options) -> None:
         )
     shown, heldout_captions = dataset.side(pictures, heldout=False), dataset.side(pictures, heldout=True).names
     captions, concepts = shown.names, len(set(shown.indexes))
-    data = dataloader.load(shown, encoder, config)
+    source = (stream if config.stream else dataloader).load(shown, encoder, config)
     print(f"{len(captions)} pictures of {config.vendor} to train on, {len(heldout_captions)} held out")
 
     # State: network, optimizer, averaged weights; new, or as the newest checkpoint left them.
@@ -169,8 +171,10 @@ def run(options: Options) -> None:
         return path
 
     # Training.
-    train_step = training.build_train_step(config, graphdef).lower(state, data, keys).compile()
     step = int(state.step)
+    batches = stream.batches(source, keys.order, step, config) if config.stream else itertools.repeat(source)
+    batch = next(batches)  # all of the data where they are on the device, for the step to choose from
+    train_step = training.build_train_step(config, graphdef).lower(state, batch, keys).compile()
     steps = -(-config.epochs * concepts // config.B)
     stop = stop_signal()
     in_flight = deque()  # at most two steps are queued, so that the clock is honest and Ctrl-C answers at once
@@ -178,8 +182,14 @@ def run(options: Options) -> None:
     bar = tqdm(total=steps * config.B, initial=step * config.B, unit="img", smoothing=0.05, disable=None)
     out_of_time = 0 < config.minutes * 60 <= log.seconds
     while step < steps and not stop and not out_of_time:
-        state, loss = train_step(state, data, keys)
+        state, loss = train_step(state, batch, keys)
         step += 1
+        try:
+            batch = next(batches)
+        except dataset.DatasetError:
+            bar.close()
+            save("stopped")
+            raise
         in_flight.append(loss)
         if len(in_flight) > 2:
             in_flight.popleft().block_until_ready()
