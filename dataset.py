@@ -9,6 +9,9 @@ Pictures keep their proportions: they are scaled to fit [height, width] and padd
 where there are 4 channels. Colour is scaled premultiplied by alpha, so that what is hidden never bleeds into an edge,
 and a pixel that ends up fully transparent is white. Decoded pictures are cached by content, a block of rows at a time.
 
+Several vendors at once, "Google+OpenMoji", give several pictures to a row; each caption then names its vendor, as in
+"red heart, OpenMoji style". A row is held out for all of them or for none.
+
 Real sets have faults, so a faulty row or picture is left out and reported; only too many of them, or nothing left,
 is an error. A missing picture is reported too but is no reason to stop: few vendors draw every emoji.
 """
@@ -18,6 +21,7 @@ import io
 import json
 import re
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +36,7 @@ from params import Params
 CSV, MISSING = "full_emoji.csv", "there is no such file"
 COLUMNS = ("#", "name", "keywords", "split")
 LARGEST = 4096 * 4096  # pixels of a picture; a decompression bomb has more
+VARIANTS = 4  # other captions of a picture, made from its keywords
 BLOCK = 512  # rows decoded and cached together
 FORMAT = 1  # of the cache; any change of what decoding gives needs another number
 READABLE = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
@@ -47,13 +52,14 @@ class Fault(NamedTuple):
 
 
 class Pictures(NamedTuple):
-    images: np.ndarray  # uint8 [N, H, W, C]
+    images: np.ndarray | None  # uint8 [N, H, W, C]; None where they stay on the disk
     names: list[str]  # the captions
-    indexes: list[str]  # the `#` of each
+    indexes: list[str]  # the `#` of each: the same for every vendor's picture of one row, and these stand together
+    files: list[Path]
     keywords: list[str]  # "face, happy, joy", or ""
     heldout: np.ndarray  # bool [N]
     faults: list[Fault]
-    fingerprint: str  # SHA-256 of all of the above but the faults
+    fingerprint: str  # SHA-256 of all of the above but the files; of all but the pixels where they stay there
 
 
 class Row(NamedTuple):
@@ -65,46 +71,52 @@ class Row(NamedTuple):
 
 
 def load(
-    root: Path, *, vendor: str, limit: int, height: int, width: int, channels: int, max_bad: float = 0.05
+    root: Path,
+    *,
+    vendor: str,
+    limit: int,
+    height: int,
+    width: int,
+    channels: int,
+    max_bad: float = 0.05,
+    decode: bool = True,
 ) -> Pictures:
-    """The captioned pictures of one vendor, in the order of the CSV.
+    """The captioned pictures of a vendor, or of several joined by "+", in the order of the CSV.
 
-    `limit` > 0 keeps the first `limit` training pictures, and the held-out ones before the last of these.
-    Raises DatasetError where more than `max_bad` of the rows and pictures looked at are broken, or none is good.
+    `limit` > 0 keeps the first `limit` training rows that have a picture, and the held-out ones before the last of
+    these. Without `decode` no more than the header of a picture is read, and `images` is None.
+    Raises DatasetError where more than `max_bad` of the rows and pictures looked at are broken, or a vendor has none
+    that is good.
     """
     if channels not in (1, 3, 4):
         raise ValueError(f"channels is {channels}; a picture has 1 (grey), 3 (RGB) or 4 (RGB and alpha)")
     if height < 1 or width < 1 or limit < 0:
         raise ValueError(f"height and width are at least 1 and limit at least 0, got {height}, {width} and {limit}")
-    rows = _rows(root)
-    if vendor not in vendors(root):
-        raise DatasetError(
-            f"{root / 'image'} has no folder {vendor!r}; it has {', '.join(vendors(root)) or 'no vendor at all'}. "
-            f"Choose one with --vendor, or put pictures into {root / 'image' / (vendor or '<vendor>')}"
-        )
-    kept, images, faults, seen, trained = [], [], [], 0, 0
-    full = False
+    rows, wanted = _rows(root), _wanted(root, vendor)
+    kept, images, faults, looked_at, trained = [], [], [], 0, 0
     for start in range(0, len(rows), BLOCK):
         block = rows[start : start + BLOCK]
         named = [row.index for row in block if not row.fault]
-        decoded, wrong = _decoded(root, vendor, named, (height, width, channels))
-        good = iter(zip(decoded, wrong, strict=True))
+        found = [_read(root, one, named, (height, width, channels), decode) for one in wanted]
         for row in block:
-            seen += 1
-            image, what = next(good) if not row.fault else (None, "")
-            if row.fault or what:
-                faults.append(row.fault or Fault(f"image/{vendor}/{row.index}.png", what))
+            if row.fault:
+                faults.append(row.fault)
+                looked_at += 1
                 continue
-            kept.append(row)
-            images.append(image)
-            trained += not row.heldout
-            full = bool(limit) and trained == limit
-            if full:
+            before = len(kept)
+            for one, (image, what) in zip(wanted, map(next, found), strict=True):
+                looked_at += what != MISSING
+                if what:
+                    faults.append(Fault(f"image/{one}/{row.index}.png", what))
+                else:
+                    kept.append((row, one))
+                    images.append(image)
+            trained += len(kept) > before and not row.heldout
+            if 0 < limit == trained:
                 break
-        if full:
+        if 0 < limit == trained:
             break
     broken = [fault for fault in faults if fault.what != MISSING]
-    looked_at = seen - (len(faults) - len(broken))
     if broken and len(broken) > max_bad * looked_at:
         first = "; ".join(f"{where}: {what}" for where, what in broken[:3])
         raise DatasetError(
@@ -112,32 +124,94 @@ def load(
             f"--max_bad {max_bad:g} allows. The first: {first}. See all with "
             f"`python prepare_dataset.py --check --data {root}`; mend or delete them, or raise --max_bad"
         )
-    if not kept:
-        first = f", the first fault: {faults[0].where}: {faults[0].what}" if faults else ""
-        raise DatasetError(
-            f"{root} has no captioned picture for vendor {vendor} ({len(rows)} rows in {CSV}{first}). "
-            f"Each row's picture is image/{vendor}/<#>.png"
-        )
+    for one in wanted:
+        if one not in {vendor for _, vendor in kept}:
+            its = [fault for fault in faults if fault.where.startswith((CSV, f"image/{one}/"))]
+            first = f", the first fault: {its[0].where}: {its[0].what}" if its else ""
+            raise DatasetError(
+                f"{root} has no captioned picture for vendor {one} ({len(rows)} rows in {CSV}{first}). "
+                f"Each row's picture is image/{one}/<#>.png"
+            )
     if not trained:
         raise DatasetError(
             f"{root}: all {len(kept)} pictures are held out, none is left to train on; mend the column split of {CSV}"
         )
-    return _pictures(kept, np.stack(images), faults)
+    names = [styled(row.name, one) if len(wanted) > 1 else row.name for row, one in kept]
+    indexes, keywords = [row.index for row, _ in kept], [row.keywords for row, _ in kept]
+    files = [root / "image" / one / f"{row.index}.png" for row, one in kept]
+    heldout = np.array([row.heldout for row, _ in kept])
+    pictures = Pictures(np.stack(images) if decode else None, names, indexes, files, keywords, heldout, faults, "")
+    return pictures._replace(fingerprint=_fingerprint(pictures, pixels=decode))
 
 
-def of(config: Params, root: Path | None = None) -> Pictures:
+def of(config: Params, root: Path | None = None, *, decode: bool = True) -> Pictures:
     """The pictures that a configuration names; `root` where the dataset has moved. Raises as `load`."""
     size = {"height": config.H, "width": config.W, "channels": config.CHANNELS}
     where = root or Path(config.data)
-    return load(where, vendor=config.vendor, limit=config.MAX_INDEX, max_bad=config.max_bad, **size)
+    options = {"limit": config.MAX_INDEX, "max_bad": config.max_bad, "decode": decode, **size}
+    pictures = load(where, vendor=config.vendor, **options)
+    if config.stream and decode:  # recognise what a run that streamed was trained on
+        return pictures._replace(fingerprint=_fingerprint(pictures, pixels=False))
+    return pictures
 
 
-def _pictures(rows: list[Row], images: np.ndarray, faults: list[Fault]) -> Pictures:
-    heldout = np.array([row.heldout for row in rows])
-    names, indexes, keywords = ([getattr(row, field) for row in rows] for field in ("name", "index", "keywords"))
-    words = json.dumps([images.shape, names, indexes, keywords, heldout.tolist()])
-    fingerprint = hashlib.sha256(words.encode() + images.tobytes()).hexdigest()
-    return Pictures(images, names, indexes, keywords, heldout, faults, fingerprint)
+def side(pictures: Pictures, *, heldout: bool) -> Pictures:
+    """The pictures on one side of the split; the fingerprint and the faults stay those of the whole."""
+    rows = np.flatnonzero(pictures.heldout == heldout)
+    images = None if pictures.images is None else pictures.images[rows]
+    fields = ("names", "indexes", "files", "keywords")
+    lists = {field: [getattr(pictures, field)[row] for row in rows] for field in fields}
+    return pictures._replace(images=images, heldout=pictures.heldout[rows], **lists)
+
+
+def styled(name: str, vendor: str) -> str:
+    """The caption of a vendor's picture where there are several vendors."""
+    return f"{name}, {vendor} style"
+
+
+def variants(pictures: Pictures) -> list[list[str]]:
+    """Other captions of each picture, at most VARIANTS, from keywords that its name does not have.
+
+    Of "face, joy, smile" for "cat" these are "cat, face", "joy" and "cat, smile"; with several vendors each says whose
+    style it is. Raises DatasetError where no picture has a keyword.
+    """
+    several = len({file.parent for file in pictures.files}) > 1
+    found = []
+    for name, keywords, file in zip(pictures.names, pictures.keywords, pictures.files, strict=True):
+        name = name.removesuffix(styled("", file.parent.name)) if several else name
+        words = {word.strip().lower(): word.strip() for word in keywords.split(",")}
+        words = [word for lower, word in words.items() if lower not in name.lower()]
+        count = min(VARIANTS, len(words))
+        spread = [words[i * len(words) // count] for i in range(count)]
+        texts = [word if i % 2 else f"{name}, {word}" for i, word in enumerate(spread)]
+        found.append([styled(text, file.parent.name) if several else text for text in texts])
+    if not any(found):
+        raise DatasetError(
+            f"no picture to train on has a keyword beyond its name in {CSV}, and --caption_variants needs some: fill "
+            'the column `keywords` (such as "face, happy, joy"), or train with --caption_variants 0'
+        )
+    return found
+
+
+def decoded(file: Path, shape: tuple[int, int, int]) -> np.ndarray:
+    """The picture in a file as uint8 [*shape]; raises DatasetError, as of a file that went bad after `load`."""
+    image = _fitted(file, shape)
+    if isinstance(image, str):
+        raise DatasetError(
+            f"{file}: {image}. Put a good picture in its place and go on with --resume; "
+            f"`python prepare_dataset.py --check --data {file.parents[2]}` lists every broken one"
+        )
+    return image
+
+
+def _fingerprint(pictures: Pictures, *, pixels: bool) -> str:
+    """SHA-256 of captions, `#`, keywords, split and pixels; without `pixels` of the files' names in their stead.
+
+    The latter decodes nothing, and stays the same where a broken picture was replaced by a good one.
+    """
+    of = pictures.images.shape if pixels else [f"{file.parent.name}/{file.name}" for file in pictures.files]
+    words = json.dumps([of, pictures.names, pictures.indexes, pictures.keywords, pictures.heldout.tolist()])
+    return hashlib.sha256(words.encode() + (pictures.images.tobytes() if pixels else b"")).hexdigest()
 
 
 def check(root: Path) -> list[Fault]:
@@ -166,6 +240,22 @@ def vendors(root: Path) -> list[str]:
     """Names of the folders of pictures in a dataset."""
     folder = root / "image"
     return sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
+
+
+def _wanted(root: Path, vendor: str) -> list[str]:
+    """The vendors that "Google+OpenMoji" names; a folder of exactly that name is one vendor."""
+    present = vendors(root)
+    wanted = [vendor] if vendor in present else vendor.split("+")
+    for one in wanted:
+        if one not in present:
+            among = f" (of --vendor {vendor})" if len(wanted) > 1 else ""
+            raise DatasetError(
+                f"{root / 'image'} has no folder {one!r}{among}; it has {', '.join(present) or 'no vendor at all'}. "
+                f"Choose one with --vendor, or put pictures into {root / 'image' / (one or '<vendor>')}"
+            )
+    if len(set(wanted)) < len(wanted):
+        raise DatasetError(f"--vendor {vendor} names one vendor twice; name each once")
+    return wanted
 
 
 # The CSV.
@@ -228,6 +318,18 @@ def _rows(root: Path) -> list[Row]:
 # The pictures.
 
 
+def _read(
+    root: Path, vendor: str, indexes: list[str], shape: tuple[int, int, int], decode: bool
+) -> Iterator[tuple[np.ndarray | None, str]]:
+    """Each picture and what is wrong with it, or ""; without `decode` only what its header tells."""
+    if decode:
+        return zip(*_decoded(root, vendor, indexes, shape), strict=True)
+    paths = [root / "image" / vendor / f"{index}.png" for index in indexes]
+    with _quiet(), ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda path: _picture(path, whole=False), paths)
+        return iter([(None, what if isinstance(what, str) else "") for what in found])
+
+
 def _decoded(root: Path, vendor: str, indexes: list[str], shape: tuple[int, int, int]) -> tuple[np.ndarray, list[str]]:
     """uint8 [n, *shape], zero where there is a fault, and what each fault is or ""; from the cache if it is there."""
     paths = [root / "image" / vendor / f"{index}.png" for index in indexes]
@@ -256,20 +358,27 @@ def _quiet() -> warnings.catch_warnings:
     return warnings.catch_warnings(action="ignore")
 
 
-def _picture(path: Path) -> Image.Image | str:
-    """The whole decoded picture upright in RGBA, or what is wrong with it."""
+def _picture(path: Path, *, whole: bool = True) -> Image.Image | str:
+    """The decoded picture upright in RGBA, or what is wrong with it; unless `whole`, only its header is read."""
     try:
-        data = path.read_bytes()
+        file = io.BytesIO(path.read_bytes()) if whole else path.open("rb")
     except FileNotFoundError:
         return MISSING
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"
-    if not data:
-        return "the file is empty"
+    with file:
+        return _image(file, whole)
+
+
+def _image(file: io.BufferedIOBase, whole: bool) -> Image.Image | str:
     try:
-        image = Image.open(io.BytesIO(data), formats=READABLE)
+        if not file.read(1):
+            return "the file is empty"
+        image = Image.open(file, formats=READABLE)
         if image.width * image.height > LARGEST:
             return f"{image.width}x{image.height} is gigantic; at most {LARGEST} pixels are read"
+        if not whole:
+            return image
         image.load()
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip

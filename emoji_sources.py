@@ -225,8 +225,13 @@ def prepare(root: Path, vendor: str = "", *, progress: bool = True) -> str:
 def ensure(root: Path, vendor: str) -> str:
     """Prepare what is missing or was interrupted, and leave everybody's own data alone; returns the vendor to use.
 
-    That is `vendor`, or the one that stands in for Google's pictures where they cannot be had. Raises as `prepare`.
+    That is `vendor`, or the one that stands in for Google's pictures where they cannot be had. Of several, as in
+    "Google+OpenMoji", each is prepared. Raises as `prepare`.
     """
+    return "+".join(dict.fromkeys(_ensured(root, one) for one in vendor.split("+")))
+
+
+def _ensured(root: Path, vendor: str) -> str:
     folder = root / "image" / vendor
     if vendor not in VENDORS or (folder / WHOLE).exists():
         return vendor

@@ -11,6 +11,7 @@ that is the caption's own picture; with the captions shuffled it must fall to ch
 
 import hashlib
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -114,9 +115,8 @@ def load(path: Path, options: Options) -> Subject:
 
     pipeline = DiffusionPipeline(path, options.encoder, ema=options.ema)
     pictures = dataset.of(pipeline.config, options.data)
-    sides = []
-    for side in (~pictures.heldout, pictures.heldout):
-        sides += [pictures.images[side], [name for name, here in zip(pictures.names, side, strict=True) if here]]
+    training, heldout = (dataset.side(pictures, heldout=which) for which in (False, True))
+    sides = (training.images, training.names, heldout.images, heldout.names)
     subject = Subject(path, pipeline, *sides, pictures.fingerprint, [])
     if pictures.fingerprint != pipeline.about["dataset"]["fingerprint"]:
         note(subject, "the pictures are not those that the checkpoint was trained on")
@@ -176,14 +176,16 @@ def invented(captions: list[str], count: int) -> list[str]:
     """Captions that nobody has drawn: the first word of a real one of two words before the last word of another.
 
     "red heart" and "wrapped gift" give "red gift", unless there is one. Common words come up as often as in the data.
+    Of several vendors the second one's style is asked for.
     """
     import numpy as np
 
-    pairs = [words for caption in captions if ":" not in caption and len(words := caption.split()) == 2]
+    two_words = (re.fullmatch(r"(\S+) (\S+?)(, .+ style)?", caption) for caption in captions if ":" not in caption)
+    pairs = [words.groups("") for words in two_words if words]
     if not pairs:
         return []
     drawn = np.random.default_rng(0).integers(len(pairs), size=(100 * count, 2))
-    found = dict.fromkeys(f"{pairs[a][0]} {pairs[b][1]}" for a, b in drawn)
+    found = dict.fromkeys(f"{pairs[a][0]} {pairs[b][1]}{pairs[b][2]}" for a, b in drawn)
     known = {caption.lower() for caption in captions}
     return [caption for caption in found if caption.lower() not in known][:count]
 

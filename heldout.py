@@ -17,10 +17,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
+import dataloader
 import schedule as schedules
 from dataloader import Batch, to_float
+from dataset import Pictures, decoded
 from model import network
 from params import Params
+from text_encoder import TextEncoder
 from training import LEVELS, loss_at
 
 BATCH = 8  # pictures per call of the network
@@ -76,6 +79,27 @@ def loss_per_level(
         t = steps.ravel()[rows]
         found[rows] = losses(weights, images[pictures], text_emb[pictures], text_mask[pictures], t, rows)
     return found.reshape(n, LEVELS)
+
+
+def build_watch(
+    config: Params, graphdef: nnx.GraphDef, unseen: Pictures, encoder: TextEncoder
+) -> Callable[[dict], dict[str, float | list]]:
+    """The function watch(weights) -> loss on `config.heldout` of these pictures, as fields for metrics.jsonl."""
+    n = min(config.heldout, len(unseen.names))
+    if not n:
+        return lambda weights: {}
+    rows = np.linspace(0, len(unseen.names), n, endpoint=False).astype(int)
+    shape = (config.H, config.W, config.CHANNELS)
+    images = unseen.images[rows] if unseen.images is not None else [decoded(unseen.files[row], shape) for row in rows]
+    text = dataloader.encode(encoder, [unseen.names[row] for row in rows], config.TEXT_LEN)
+    losses = build_losses(config, graphdef)
+
+    def watch(weights: dict) -> dict[str, float | list]:
+        each = loss_per_level(losses, weights, np.stack(images), *text, T=config.T)
+        levels = [None if np.isnan(loss) else float(loss) for loss in each.mean(axis=0)]
+        return {"heldout_loss": float(per_picture(each, config.T).mean()), "heldout_loss_per_level": levels}
+
+    return watch
 
 
 def in_velocity(losses: Float[np.ndarray, "n levels"], config: Params) -> Float[np.ndarray, "n levels"]:

@@ -76,11 +76,13 @@ def embed(encoder: TextEncoder, captions: list[str], length: int) -> Float[np.nd
 
 def of(config: Params, extractor: extractors.Extractor, encoder: TextEncoder, root: Path | None = None) -> Judge:
     """The judge for a configuration's pictures: trained on those of every vendor in its dataset, at its size."""
-    features, captions = [], []
-    for vendor in dataset.vendors(root or Path(config.data)):
+    present, features, captions = dataset.vendors(root or Path(config.data)), [], []
+    several = config.vendor not in present  # its captions say whose style they are in
+    for vendor in present:
         pictures = dataset.of(dataclasses.replace(config, vendor=vendor, MAX_INDEX=0), root)
-        features.append(extractors.of(extractor, pictures.images[~pictures.heldout]))
-        captions += [name for name, heldout in zip(pictures.names, pictures.heldout, strict=True) if not heldout]
+        pictures = dataset.side(pictures, heldout=False)
+        features.append(extractors.of(extractor, pictures.images))
+        captions += [dataset.styled(name, vendor) if several else name for name in pictures.names]
     return train(np.concatenate(features), embed(encoder, captions, config.TEXT_LEN))
 
 

@@ -16,6 +16,7 @@ RANGES = {  # lowest and highest allowed value
     "H": (1, 1024),
     "W": (1, 1024),
     "TEXT_LEN": (2, 512),
+    "caption_variants": (0.0, 1.0),
     "embedding_dropout": (0.0, 1.0),
     "T": (2, 100_000),
     "snr_gamma": (0.01, 1000.0),
@@ -50,16 +51,18 @@ RANGES = {  # lowest and highest allowed value
 class Params:
     # Pictures and captions
     data: str = "emojiimage-dataset"  # folder with full_emoji.csv and image/<vendor>/<#>.png
-    vendor: str = "Google"  # whose pictures: the folder under image/
-    MAX_INDEX: int = 0  # train on the first MAX_INDEX pictures of the CSV (0: all)
+    vendor: str = "Google"  # whose pictures: the folder under image/, or several joined by "+"
+    MAX_INDEX: int = 0  # train on the first MAX_INDEX rows of the CSV that have a picture (0: all)
     max_bad: float = 0.05  # refuse a dataset with a larger share of broken rows and pictures
     H: int = 64  # height of a picture, pixels
     W: int = 64  # width of a picture, pixels
+    stream: bool = False  # decode pictures from the disk as training goes, where they do not fit in memory
     CHANNELS: int = 3  # 1 grey, 3 colour on white, 4 colour with transparency
 
     # Text
     encoder: str = "BAAI/bge-small-en"  # frozen BERT: a hub name or a folder
     TEXT_LEN: int = 32  # tokens of a caption; longer ones are cut
+    caption_variants: float = 0.0  # chance that training replaces a caption by one made from the row's keywords
     embedding_dropout: float = 0.1  # chance that training replaces a caption by the empty one, for guidance
     augmentation: float = (
         0.0  # chance of each small change to a picture; the network is told, so none shows when drawing

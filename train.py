@@ -7,8 +7,8 @@ Missing pictures are prepared first. Checkpoints go to `models_vA0/epoch{N}` and
 
 import dataclasses
 import difflib
+import itertools
 import json
-import math
 import shlex
 import signal
 import sys
@@ -94,7 +94,6 @@ def main() -> None:
 def run(options: Options) -> None:
     # Data: pictures, captions and their embeddings, on the device.
     import jax
-    import numpy as np
     from tqdm import tqdm
 
     import checkpoint
@@ -103,6 +102,7 @@ def run(options: Options) -> None:
     import emoji_sources
     import heldout
     import schedule
+    import stream
     import text_encoder
     import training
     from grids import captioned_grid, save_png
@@ -124,7 +124,7 @@ def run(options: Options) -> None:
     if config.data == Params.data:
         config = dataclasses.replace(config, vendor=emoji_sources.ensure(root, config.vendor))
     config = dataclasses.replace(config, encoder=text_encoder.resolved(config.encoder))  # drawing may start elsewhere
-    pictures = dataset.of(config)
+    pictures = dataset.of(config, decode=not config.stream)
     for fault in pictures.faults[:5]:
         print(f"skipped: {fault.where}: {fault.what}")
     if len(pictures.faults) > 5:
@@ -134,11 +134,10 @@ def run(options: Options) -> None:
         sys.exit(
             f"train.py: --TEXT_LEN = {config.TEXT_LEN}: {config.encoder} takes at most {encoder.max_length} tokens"
         )
-    rows = list(zip(pictures.names, pictures.heldout, strict=True))
-    captions = [name for name, heldout in rows if not heldout]
-    heldout_captions = [name for name, heldout in rows if heldout]
-    data = dataloader.load(pictures.images[~pictures.heldout], captions, encoder, config.TEXT_LEN)
-    print(f"{len(captions)} pictures of {config.vendor} to train on, {len(heldout_captions)} held out")
+    shown, unseen = (dataset.side(pictures, heldout=side) for side in (False, True))
+    captions, concepts = shown.names, len(set(shown.indexes))
+    source = (stream if config.stream else dataloader).load(shown, encoder, config)
+    print(f"{len(captions)} pictures of {config.vendor} to train on, {len(unseen.names)} held out")
 
     # State: network, optimizer, averaged weights; new, or as the newest checkpoint left them.
     init_key, *streams = jax.random.split(jax.random.key(config.seed), 1 + len(training.Keys._fields))
@@ -150,7 +149,7 @@ def run(options: Options) -> None:
         "encoder": encoder.identity,
         "schedule": {"name": schedule.NAME, "T": config.T},
         "dataset": {"fingerprint": pictures.fingerprint, "pictures": len(captions)},
-        "prompts": example_prompts(captions, heldout_captions),
+        "prompts": example_prompts(captions, unseen.names),
         "seconds": 0.0,
     }
     if newest is not None:
@@ -161,17 +160,9 @@ def run(options: Options) -> None:
         print(f"resumed from {newest}, step {int(state.step)}")
 
     def save(name: str) -> Path:
-        now = {**about, "epoch": step * config.B / len(captions), "step": step, "seconds": log.seconds}
+        now = {**about, "epoch": step * config.B / concepts, "step": step, "seconds": log.seconds}
         checkpoint.save(output / name, training.resumable(state), about=now)
         return output / name
-
-    def heldout_loss() -> dict:
-        """Loss of the averaged weights on pictures they were not trained on, as fields of a line of metrics.jsonl."""
-        if not len(asked):
-            return {}
-        each = heldout.loss_per_level(measure, state.ema.short, pictures.images[asked], *asked_text, T=config.T)
-        levels = [None if math.isnan(loss) else float(loss) for loss in each.mean(axis=0)]
-        return {"heldout_loss": float(heldout.per_picture(each, config.T).mean()), "heldout_loss_per_level": levels}
 
     def sample(name: str) -> Path:
         """A grid of the same prompts from the same seeds every time, drawn by the averaged weights."""
@@ -183,28 +174,33 @@ def run(options: Options) -> None:
 
     # Training.
     step = int(state.step)
-    steps = -(-config.epochs * len(captions) // config.B)
-    train_step = training.build_train_step(config, graphdef, steps).lower(state, data, keys).compile()
+    steps = -(-config.epochs * concepts // config.B)
+    batches = stream.batches(source, keys.order, step, config) if config.stream else itertools.repeat(source)
+    batch = next(batches)  # all of the data where they are on the device, for the step to choose from
+    train_step = training.build_train_step(config, graphdef, steps).lower(state, batch, keys).compile()
     learning_rate = training.learning_rate(config, steps)
-    asked = np.flatnonzero(pictures.heldout)
-    asked = asked[np.linspace(0, len(asked), min(config.heldout, len(asked)), endpoint=False).astype(int)]
-    asked_text = dataloader.encode(encoder, [pictures.names[row] for row in asked], config.TEXT_LEN)
-    measure = heldout.build_losses(config, graphdef)
+    heldout_loss = heldout.build_watch(config, graphdef, unseen, encoder)
     stop = stop_signal()
     in_flight = deque()  # at most two steps are queued, so that the clock is honest and Ctrl-C answers at once
-    log = MetricsLog(output / "metrics.jsonl", step, about["seconds"], pictures=len(captions), B=config.B)
+    log = MetricsLog(output / "metrics.jsonl", step, about["seconds"], pictures=concepts, B=config.B)
     bar = tqdm(total=steps * config.B, initial=step * config.B, unit="img", smoothing=0.05, disable=None)
     out_of_time = 0 < config.minutes * 60 <= log.seconds
     while step < steps and not stop and not out_of_time:
-        state, loss = train_step(state, data, keys)
+        state, loss = train_step(state, batch, keys)
         step += 1
+        try:
+            batch = next(batches)
+        except dataset.DatasetError:
+            bar.close()
+            save("stopped")
+            raise
         in_flight.append(loss)
         if len(in_flight) > 2:
             in_flight.popleft().block_until_ready()
         bar.update(config.B)
         out_of_time = 0 < config.minutes * 60 <= log.seconds
 
-        epoch, before = step * config.B // len(captions), (step - 1) * config.B // len(captions)
+        epoch, before = step * config.B // concepts, (step - 1) * config.B // concepts
         sampling = epoch // config.sample_every > before // config.sample_every
         saving = epoch // config.save_every > before // config.save_every
         if step % config.log_every == 0 or sampling or saving or step == steps or stop or out_of_time:
@@ -216,7 +212,7 @@ def run(options: Options) -> None:
                     f"{diagnosis(state, records, step, log.step)} The weights before them are in {save('stopped')}"
                 )
             with log.paused():
-                more = heldout_loss() if sampling else {}
+                more = heldout_loss(state.ema.short) if sampling else {}
             line = log.write(step, records, learning_rate=float(learning_rate(step - 1)), **more)
             bar.set_postfix(loss=line["loss"], skipped=line["skipped"] or None)
         if saving and step < steps:
@@ -327,6 +323,7 @@ def describe(config: Params) -> None:
             jnp.zeros((n, config.TEXT_LEN), bool),
             jnp.zeros((config.TEXT_LEN, text_dim)),
             jnp.zeros(config.TEXT_LEN, bool),
+            dataloader.one_each(n),
         )
     )
     step = training.build_train_step(config, training.structure(config, text_dim))

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, Key
 import dataloader
 import schedule as schedules
 from augmentation import augment
-from dataloader import Batch, Data
+from dataloader import Batch, Data, Picked
 from model import UNet, network
 from params import Params
 
@@ -172,8 +172,8 @@ def averaged(average: dict, weights: dict, decay: Float[Array, ""]) -> dict:
 
 def build_train_step(
     config: Params, graphdef: nnx.GraphDef, steps: int = 0
-) -> Callable[[TrainState, Data, Keys], tuple[TrainState, Float[Array, ""]]]:
-    """The jitted step: (state, data, keys) -> (next state, loss); the state's buffers are donated.
+) -> Callable[[TrainState, Data | Picked, Keys], tuple[TrainState, Float[Array, ""]]]:
+    """The jitted step: (state, source, keys) -> (next state, loss); the state's buffers are donated.
 
     steps: of the whole run; a decaying learning rate needs to know.
     """
@@ -214,10 +214,8 @@ def build_train_step(
         loss, gradient = jax.tree.map(lambda total: total / config.accumulate, (loss, gradient))
         return loss, losses.ravel(), gradient
 
-    def train_step(state: TrainState, data: Data, keys: Keys) -> tuple[TrainState, Float[Array, ""]]:
-        batch = dataloader.sample_batch(
-            data, keys.order, keys.dropout, state.step, B=config.B, embedding_dropout=config.embedding_dropout
-        )
+    def train_step(state: TrainState, source: Data | Picked, keys: Keys) -> tuple[TrainState, Float[Array, ""]]:
+        batch = dataloader.batch_of(source, keys.order, keys.dropout, state.step, config)
         t_key, noise_key = jax.random.split(jax.random.fold_in(keys.noise, state.step))
         t, noise = random_steps(t_key, config), jax.random.normal(noise_key, batch.image.shape)
         key = jax.random.fold_in(keys.regularization, state.step)

@@ -9,7 +9,7 @@ from flax import nnx
 
 import samplers
 import schedule
-from dataloader import Data
+from dataloader import Data, one_each
 from drawing import Controls, Request, build_draw
 from params import Params
 
@@ -24,6 +24,7 @@ def data(config: Params, pictures: int) -> Data:
         jnp.ones((pictures, config.TEXT_LEN), bool),
         jnp.zeros((config.TEXT_LEN, TEXT_DIM)),
         jnp.ones(config.TEXT_LEN, bool),
+        one_each(pictures),
     )
 
 

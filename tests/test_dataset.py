@@ -1,5 +1,6 @@
 import base64
 import csv
+import dataclasses
 import io
 import struct
 import zlib
@@ -383,3 +384,119 @@ def test_the_fingerprint_sees_captions_too(three):
     before = load(three, vendor="Google", limit=0, **SMALL).fingerprint
     (three / "full_emoji.csv").write_text("#,name\n1,red\n2,green\n3,navy\n")
     assert load(three, vendor="Google", limit=0, **SMALL).fingerprint != before
+
+
+# Several vendors.
+
+
+@pytest.fixture
+def several(tmp_path):
+    """Rows 1 and 6 are drawn by both vendors, 2 by Two, 3 by One, 4 by both, 5 by none; 3 and 4 are held out."""
+    rows = [["#", "name", "split"], *([i, f"thing {i}", "heldout" if i in (3, 4) else ""] for i in range(1, 7))]
+    root = tmp_path / "set"
+    write(root, rows, {i: png((10 * int(i), 1, 0, 255)) for i in "1346"}, vendor="One")
+    return write(root, rows, {i: png((10 * int(i), 2, 0, 255)) for i in "1246"}, vendor="Two")
+
+
+def test_captions_of_several_vendors_name_them_and_stand_together(several):
+    pictures = load(several, vendor="One+Two", limit=0, **SMALL)
+    expected = [("1", 1), ("1", 2), ("2", 2), ("3", 1), ("4", 1), ("4", 2), ("6", 1), ("6", 2)]
+    assert pictures.indexes == [index for index, _ in expected]
+    assert pictures.names == [f"thing {index}, {('One', 'Two')[v - 1]} style" for index, v in expected]
+    assert pictures.images[:, 0, 0].tolist() == [[10 * int(index), v, 0] for index, v in expected]
+    assert pictures.files == [several / "image" / ("One", "Two")[v - 1] / f"{index}.png" for index, v in expected]
+    assert pictures.heldout.tolist() == [index in "34" for index, _ in expected]
+    assert [fault.where for fault in pictures.faults] == [
+        f"image/{missing}.png" for missing in ("One/2", "Two/3", "One/5", "Two/5")
+    ]
+    assert pictures.fingerprint != load(several, vendor="Two+One", limit=0, **SMALL).fingerprint
+
+
+def test_one_of_several_vendors_alone_is_as_ever(several):
+    alone = load(several, vendor="Two", limit=0, **SMALL)
+    assert alone.names == [f"thing {i}" for i in "1246"]
+    assert alone.indexes == list("1246")
+
+
+def test_no_row_is_on_both_sides_of_the_split(several):
+    pictures = load(several, vendor="One+Two", limit=0, **SMALL)
+    training, heldout = (dataset.side(pictures, heldout=which) for which in (False, True))
+    assert (set(training.indexes), set(heldout.indexes)) == ({"1", "2", "6"}, {"3", "4"})
+    assert len(training.names) == len(training.files) == len(training.images) == 5
+    assert (training.images[:, 0, 0, 0] == [10, 10, 20, 60, 60]).all()
+    assert (len(heldout.keywords), heldout.heldout.tolist()) == (3, [True] * 3)
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(1, "11"), (2, "112"), (3, "11234466"), (9, "11234466")])
+def test_limit_counts_rows_whoever_drew_them(several, limit, kept):
+    assert load(several, vendor="Two+One", limit=limit, **SMALL).indexes == list(kept)
+
+
+@pytest.mark.parametrize(
+    ("vendor", "message"),
+    [
+        ("One+Tow", r"no folder 'Tow' \(of --vendor One\+Tow\); it has One, Two"),
+        ("One+", r"no folder '' \(of --vendor One\+\)"),
+        ("One+Two+One", "--vendor One.Two.One names one vendor twice"),
+        ("One+Empty", r"no captioned picture for vendor Empty .*first fault: image/Empty/1\.png"),
+    ],
+)
+def test_errors_of_several_vendors_name_the_one(several, vendor, message):
+    if "Empty" in vendor:
+        (several / "image" / "Empty").mkdir()
+    with pytest.raises(DatasetError, match=message):
+        load(several, vendor=vendor, limit=0, **SMALL)
+
+
+def test_a_folder_with_a_plus_in_its_name_is_one_vendor(several):
+    (several / "image" / "One").rename(several / "image" / "a+b")
+    assert load(several, vendor="a+b", limit=0, **SMALL).names[0] == "thing 1"
+
+
+def test_a_broken_picture_of_one_vendor_leaves_the_others(several):
+    (several / "image" / "One" / "1.png").write_bytes(b"")
+    pictures = load(several, vendor="One+Two", limit=0, **SMALL, max_bad=0.13)
+    assert pictures.names[0] == "thing 1, Two style"
+    with pytest.raises(DatasetError, match="1 of 8 rows and pictures"):
+        load(several, vendor="One+Two", limit=0, **SMALL, max_bad=0.12)
+
+
+# Pictures that stay on the disk.
+
+
+def test_without_decoding_everything_but_the_pictures_is_the_same(several, monkeypatch):
+    whole = load(several, vendor="One+Two", limit=0, **SMALL)
+    monkeypatch.setattr(dataset, "_fitted", lambda *_: pytest.fail("decoded"))
+    listed = load(several, vendor="One+Two", limit=0, **SMALL, decode=False)
+    assert listed.images is None
+    assert listed.fingerprint != whole.fingerprint
+    assert listed[1:5] == whole[1:5]
+    assert listed.faults == whole.faults
+    assert dataset.side(listed, heldout=True).images is None
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_header_tells_most_faults_and_decoding_the_rest(three, kind):
+    data, what = FAULTS[kind]
+    file = three / "image" / "Google" / "2.png"
+    file.write_bytes(data)
+    listed = load(three, vendor="Google", limit=0, **SMALL, max_bad=0.5, decode=False)
+    if kind != "truncated":
+        assert [(fault.where, fault.what[: len(what)]) for fault in listed.faults] == [("image/Google/2.png", what)]
+    with pytest.raises(
+        DatasetError, match=rf"Google/2\.png: {what}.*Put a good picture in its place.* --check --data "
+    ):
+        dataset.decoded(file, (8, 8, 3))
+    np.testing.assert_array_equal(dataset.decoded(three / "image/Google/1.png", (8, 8, 3))[0, 0], [255, 0, 0])
+
+
+def test_the_fingerprint_of_a_run_that_streams_is_known_again_with_the_pictures_decoded(three, tiny):
+    config = dataclasses.replace(tiny, data=str(three), vendor="Google", H=8, W=8)
+    streams = dataclasses.replace(config, stream=True)
+    listed, whole = dataset.of(streams, decode=False), dataset.of(streams)
+    assert (listed.images, len(whole.images)) == (None, 3)
+    assert listed.fingerprint == whole.fingerprint != dataset.of(config).fingerprint
+    (three / "image/Google/1.png").write_bytes(png(size=(16, 16)))
+    assert dataset.of(streams, decode=False).fingerprint == listed.fingerprint  # mended: the run may go on
+    (three / "image/Google/1.png").unlink()
+    assert dataset.of(streams, decode=False).fingerprint != listed.fingerprint

@@ -215,6 +215,13 @@ def test_training_makes_sure_that_the_pictures_are_whole_once(few, tmp_path, mon
     assert calls == [(), (), ("OpenMoji",)]
 
 
+def test_of_several_vendors_each_is_prepared_and_a_stand_in_not_twice(few, tmp_path, monkeypatch):
+    assert sources.ensure(tmp_path / "a", "Google+OpenMoji") == "Google+OpenMoji"
+    assert dataset.vendors(tmp_path / "a") == ["Google", "OpenMoji"]
+    monkeypatch.setattr(sources, "google", lambda: (_ for _ in ()).throw(PackageError("npm is missing")))
+    assert sources.ensure(tmp_path / "b", "Google+OpenMoji") == "OpenMoji"
+
+
 def test_the_stand_in_is_remembered(few, tmp_path, monkeypatch):
     def refuse():
         raise PackageError("npm is missing")

@@ -43,6 +43,10 @@ def test_invented_captions_join_words_of_real_ones_and_are_not_real():
     assert invented(real, 2) == invented(real, 2)
     assert len(invented(real, 2)) == 2
     assert invented(["flag: Chad", "sun"], 5) == []
+    styles = [f"{name}, {vendor} style" for name in ("red heart", "wrapped gift") for vendor in ("One", "Two")]
+    assert set(invented(styles, 100)) == {
+        f"{phrase}, {vendor} style" for phrase in ("red gift", "wrapped heart") for vendor in ("One", "Two")
+    }
 
 
 def test_samples_are_split_over_the_three_sets_and_each_has_its_seed():

@@ -130,3 +130,7 @@ def test_the_judge_of_a_dataset_saw_every_vendors_training_pictures_and_no_other
     np.testing.assert_allclose(
         one.mean, judge.embed(Letters(), [f"thing {i}" for i in (0, 1, 3, 4)], 9).mean(0), rtol=1e-6
     )
+    config = dataclasses.replace(config, vendor="One+Two", TEXT_LEN=30)
+    names = [f"thing {i}, {vendor} style" for vendor in ("One", "Two") for i in (0, 1, 3, 4)]
+    several = judge.of(config, Colour(), Letters())
+    np.testing.assert_allclose(several.mean, judge.embed(Letters(), names, 30).mean(0), rtol=1e-6)

@@ -17,8 +17,10 @@ from PIL import Image
 
 import checkpoint
 import dataloader
+import dataset
 import evaluate
 import plot
+import stream
 import test as drawing
 import train
 from params import PRESETS, Params
@@ -31,7 +33,9 @@ def flags(config: Params) -> list[str]:
     words = ["quick"]
     for field in dataclasses.fields(Params):
         value = getattr(config, field.name)
-        if value != getattr(PRESETS["quick"], field.name):
+        if value is True:
+            words.append(f"--{field.name}")
+        elif value != getattr(PRESETS["quick"], field.name):
             words += [f"--{field.name}", *map(str, value if isinstance(value, tuple) else (value,))]
     return words
 
@@ -166,6 +170,28 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_the_last_good_state(call, 
     assert "4 steps in a row were not finite, 4 of 4 up to step 4: the loss itself" in said
     assert "The weights before them are in models_vA0/stopped" in said
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(weights("models_vA0/stopped", tiny)))
+
+
+def test_a_run_that_streams_its_pictures_learns_the_same(call, tiny):
+    losses = []
+    for config in tiny, dataclasses.replace(tiny, stream=True):
+        assert "models_vA0/final and" in call(train, *flags(config))
+        losses.append([line["loss"] for line in metrics()])
+        Path("models_vA0").rename(f"{len(losses)}")
+    np.testing.assert_allclose(*losses, rtol=1e-4)  # the batches are equal, two programs round differently
+
+
+def test_a_picture_that_breaks_while_it_streams_ends_the_run_with_a_checkpoint(call, tiny, monkeypatch):
+    decoded, seen = dataset.decoded, []
+
+    def breaks(file, shape):
+        seen.append(file)
+        return decoded(file if len(seen) < 60 else Path("gone.png").absolute(), shape)
+
+    monkeypatch.setattr(stream, "decoded", breaks)
+    said = call(train, *flags(dataclasses.replace(tiny, stream=True, epochs=100, sample_every=100)))
+    assert "gone.png: there is no such file. Put a good picture in its place and go on with --resume" in said
+    assert 0 < checkpoint.about(Path("models_vA0/stopped"))["step"] < 60 // tiny.B
 
 
 def test_transparent_pictures_from_training_to_drawing(call, tiny):

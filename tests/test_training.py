@@ -26,6 +26,7 @@ def data():
         text_mask=jnp.ones((7, 7), bool),
         null_emb=jax.random.normal(keys[2], (7, TEXT_DIM)),
         null_mask=jnp.ones(7, bool),
+        index=dataloader.one_each(7),
     )
 
 
@@ -160,6 +161,7 @@ def test_one_batch_can_be_learned(tiny, data, prediction):
         tiny, prediction=prediction, B=5, learning_rate=5e-3, embedding_dropout=0.0, BASE_DIM=16
     )
     few = data._replace(images=data.images[:1] // 64 * 64, text_emb=data.text_emb[:1], text_mask=data.text_mask[:1])
+    few = few._replace(index=dataloader.one_each(1))
     state = fresh(config)
     step = training.build_train_step(config, training.structure(config, TEXT_DIM))
     losses = []

@@ -33,6 +33,7 @@ def data() -> dataloader.Data:
         text_mask=jnp.asarray(np.arange(7)[None, :] <= np.arange(7)[:, None]),
         null_emb=jnp.asarray(random.normal(size=(7, TEXT_DIM)), jnp.float32),
         null_mask=jnp.asarray(np.arange(7) < 2),
+        index=dataloader.one_each(7),
     )
 
 
