@@ -228,7 +228,7 @@ def test_a_save_cut_off_anywhere_loses_nothing(two, tmp_path, monkeypatch, name,
         small(folder / name, 12)
         assert {path.name for path in folder.iterdir()} == {"epoch9", "epoch10", name}
         assert read(folder / name) == 12
-    assert n >= 5
+    assert n > 1
     assert read(folder / name) == 11
 
 
