@@ -70,6 +70,7 @@ def main() -> None:
 
 
 def evaluate(options: Options) -> None:
+    import checkpoint
     import report
 
     if options.compare:
@@ -84,7 +85,7 @@ def evaluate(options: Options) -> None:
 
             features.load(options.extractor)  # likewise
     path = options.checkpoint
-    if run := checkpoints(path):
+    if run := checkpoint.checkpoints(path):
         path = run[-1]
         print(report.curve(over_time(run, options)))
     if options.report:
@@ -126,19 +127,6 @@ def load(path: Path, options: Options) -> Subject:
 def note(subject: Subject, what: str) -> None:
     subject.notes.append(what)
     print(f"note: {what}", flush=True)
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run's folder, oldest first; none where the folder is itself a checkpoint."""
-    import checkpoint
-
-    if (folder / "about").exists():
-        return []
-    steps = {}
-    for path in sorted(folder.glob("[!.]*/about")):
-        with suppress(checkpoint.CheckpointError):
-            steps[checkpoint.about(path.parent)["step"]] = path.parent
-    return [steps[step] for step in sorted(steps)]
 
 
 # Which captions, and their drawings.
@@ -422,6 +410,7 @@ def full_report(path: Path, options: Options) -> None:
     """All scores of one checkpoint: results.json, report.html and its pictures."""
     import numpy as np
 
+    import checkpoint
     import report
     from scores import ratio
 
@@ -438,7 +427,7 @@ def full_report(path: Path, options: Options) -> None:
     by_features, extractor = in_features(subject, sets, drawn, options, clock)
 
     about, config = subject.pipeline.about, subject.pipeline.config
-    siblings = checkpoints(path.parent)
+    siblings = checkpoint.checkpoints(path.parent)
     results = {
         "schema": report.SCHEMA,
         "checkpoint": {

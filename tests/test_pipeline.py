@@ -1,7 +1,6 @@
 """From a checkpoint to pictures, with the real text encoder and a network too small to draw anything."""
 
 import dataclasses
-import gc
 import itertools
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -388,19 +387,6 @@ def test_transparent_pictures_come_with_clean_alpha_or_on_white(trained, tiny, d
     np.testing.assert_array_equal(kept[1:, :, :3], np.asarray(known)[1:, :, :3])
 
 
-@pytest.fixture
-def complaints():
-    """What a test leaves to the garbage collector is collected with it, not with a later one."""
-    yield
-    gc.collect()
-
-
-def failing_reads(test):
-    """Orbax reads in parallel: where one read fails, the others complain to a loop that is closed."""
-    ignored = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-    return ignored(pytest.mark.usefixtures("complaints")(test))
-
-
 def copy(trained, tmp_path, **changes):
     about = {**checkpoint.about(trained), **changes}
     like = jax.tree.map(np.asarray, DiffusionPipeline(trained).weights)
@@ -409,33 +395,12 @@ def copy(trained, tmp_path, **changes):
     return tmp_path / "copy"
 
 
-def test_no_checkpoint_says_what_there_is(trained, tmp_path):
-    with pytest.raises(checkpoint.CheckpointError, match=r"no checkpoint at .*nowhere; train one: python train.py"):
-        DiffusionPipeline(tmp_path / "nowhere")
-    with pytest.raises(checkpoint.CheckpointError, match=r"no checkpoint at .*epoch9; there are .*final"):
-        DiffusionPipeline(trained.parent / "epoch9")
-
-
-@failing_reads
-def test_a_half_written_checkpoint_is_refused(trained, tmp_path):
-    half = copy(trained, tmp_path)
-    for file in sorted(half.rglob("*"), reverse=True):
-        if "ema_short" in file.parts and file.is_file():
-            file.unlink()
-    with pytest.raises(checkpoint.CheckpointError, match="copy: ema_short cannot be read"):
-        DiffusionPipeline(half)
-    (half / "about").rename(half / "gone")
-    with pytest.raises(checkpoint.CheckpointError, match="lacks about"):
-        DiffusionPipeline(half)
-
-
-@failing_reads
 def test_a_checkpoint_of_another_encoder_or_configuration_is_refused(trained, tiny, tmp_path):
     other = copy(trained, tmp_path, encoder={"name": tiny.encoder, "sha256": "0" * 64})
     with pytest.raises(checkpoint.CheckpointError, match="trained with the files 000000000000"):
         DiffusionPipeline(other)
     wider = dataclasses.replace(tiny, BASE_DIM=16).to_json()
-    with pytest.raises(checkpoint.CheckpointError, match="copy: ema_short cannot be read"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"copy: ema_short/\S+ is \(.*\), not \("):
         DiffusionPipeline(copy(trained, tmp_path, config=wider))
     with pytest.raises(checkpoint.CheckpointError, match=r"schedule .*linear.*only 'cosine' is known"):
         DiffusionPipeline(copy(trained, tmp_path, schedule={"name": "linear", "T": 50}))
@@ -450,41 +415,3 @@ def test_weights_that_are_not_finite_draw_nothing(trained, tmp_path):
     checkpoint.save(path, {"ema_short": nan, "ema_long": nan, "train": {"step": np.int32(1)}}, about=broken.about)
     with pytest.raises(checkpoint.CheckpointError, match="non-finite"):
         DiffusionPipeline(path)
-
-
-def test_a_checkpoint_is_replaced_only_by_a_whole_one(trained, tmp_path, monkeypatch):
-    path = copy(trained, tmp_path)
-
-    def fail(*_, **__):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(checkpoint.ocp.Checkpointer, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
-        checkpoint.save(path, {}, about={})
-    monkeypatch.undo()
-    assert DiffusionPipeline(path).config == DiffusionPipeline(trained).config
-
-
-def small(path, step):
-    items = {"ema_short": {"w": np.ones(1)}, "ema_long": {"w": np.ones(1)}, "train": {"step": np.int32(step)}}
-    checkpoint.save(path, items, about={"step": step})
-
-
-def test_the_newest_checkpoint_is_the_readable_one_that_has_trained_longest(tmp_path, capsys):
-    assert checkpoint.newest(tmp_path) is None
-    for name, step in (("epoch9", 90), ("epoch10", 100), ("stopped", 95), ("epoch11.copy", 110), ("epoch12", 120)):
-        small(tmp_path / name, step)
-    (tmp_path / "epoch12" / "about" / "metadata").write_text("{")
-    assert checkpoint.newest(tmp_path).name == "epoch10"
-    assert "passed over: " in capsys.readouterr().out
-
-
-def test_a_replacement_cut_off_between_its_renames_loses_nothing(tmp_path):
-    small(tmp_path / "final", 1)
-    (tmp_path / "final").rename(tmp_path / ".final.old")
-    assert checkpoint.about(tmp_path / "final") == {"step": 1}
-    (tmp_path / "final").rename(tmp_path / ".final.old")
-    assert checkpoint.newest(tmp_path) == tmp_path / "final"
-    small(tmp_path / "final", 2)
-    assert checkpoint.about(tmp_path / "final") == {"step": 2}
-    assert [path.name for path in tmp_path.iterdir()] == ["final"]

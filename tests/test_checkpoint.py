@@ -1,0 +1,406 @@
+"""A checkpoint is whole or refused, whatever happens while it is written, and to its files afterwards."""
+
+import itertools
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import checkpoint
+from checkpoint import ITEMS, CheckpointError, Saver
+
+ROOT = Path(checkpoint.__file__).parent
+ARRAYS = ITEMS[:3]
+
+
+def items(step):
+    weights = {"b": np.full(5, step, np.float32), "layers": [np.full((2, 3), -step, np.float32)]}
+    return {"ema_short": weights, "ema_long": weights, "train": {"weights": weights, "step": np.int32(step)}}
+
+
+def small(path, step):
+    checkpoint.save(path, items(step), {"step": step, "words": ["κόσμος", None, 0.1]})
+
+
+def read(path):
+    """The step that every number of a checkpoint says it is of."""
+    found = checkpoint.restore(path, items(0))
+    step = checkpoint.about(path)["step"]
+    jax.tree.map(np.testing.assert_array_equal, found, items(step))
+    return step
+
+
+def contents(folder):
+    return {file.relative_to(folder): file.stat().st_mtime_ns for file in folder.rglob("*")}
+
+
+# Reading.
+
+
+def test_what_is_saved_is_restored_in_its_structure_and_dtypes(tmp_path):
+    ones, words = {"w": jnp.ones((2, 3))}, ["κόσμος", None, 0.1]
+    train = {"pair": (jnp.arange(3, dtype=jnp.bfloat16), np.array([True, False])), "step": jnp.int32(7)}
+    path = tmp_path / "new folder" / "final"
+    checkpoint.save(path, {"ema_short": ones, "ema_long": ones, "train": train}, {"step": 7, "words": words})
+    assert checkpoint.about(path) == {"step": 7, "words": words}
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), train)
+    found = checkpoint.restore(path, {"train": shapes})
+    assert found.keys() == {"train"}
+    assert jax.tree.structure(found["train"]) == jax.tree.structure(train)
+    jax.tree.map(lambda found, saved: np.testing.assert_array_equal(found, saved, strict=True), found["train"], train)
+
+
+def test_another_shape_or_structure_is_refused(tmp_path):
+    small(tmp_path / "final", 1)
+    other = items(0)["ema_short"]
+    with pytest.raises(CheckpointError, match=r"final: ema_short/layers/0 is \(2, 3\), not \(3, 2\); take another"):
+        checkpoint.restore(tmp_path / "final", {"ema_short": {**other, "layers": [np.ones((3, 2), np.float32)]}})
+    with pytest.raises(CheckpointError, match=r"final: ema_short cannot be read: .*; take another"):
+        checkpoint.restore(tmp_path / "final", {"ema_short": {"b": other["b"]}})
+
+
+def truncate(file):
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def flip(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def largest(path):
+    return path if path.is_file() else max(path.rglob("*"), key=lambda file: file.is_file() * file.stat().st_size)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    small(folder / "epoch9", 9)
+    small(folder / "epoch10", 10)
+    return folder
+
+
+@pytest.fixture
+def run(two, tmp_path):
+    """A run's folder with two checkpoints."""
+    shutil.copytree(two, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, Path.unlink], ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("part", [*ITEMS, "checksums.json", "_CHECKPOINT_METADATA"])
+def test_damage_is_named_and_the_checkpoint_before_is_used(run, capsys, part, damage):
+    assert checkpoint.newest(run).name == "epoch10"
+    assert capsys.readouterr().out == ""
+    damage(largest(run / "epoch10" / part))
+    where = "" if part == "checksums.json" and damage is flip else part  # there it is the file that seems damaged
+    with pytest.raises(CheckpointError, match=f"{run}/epoch10 is not whole: .*{where}.*; take another one"):
+        read(run / "epoch10")
+    assert checkpoint.newest(run) == run / "epoch9"
+    assert f"passed over: {run}/epoch10 is not whole: " in capsys.readouterr().out
+    if part in ARRAYS:
+        for other in set(ARRAYS) - {part}:
+            checkpoint.restore(run / "epoch10", {other: items(0)[other]})
+    damage(largest(run / "epoch9" / "train"))
+    with pytest.raises(CheckpointError, match="holds no whole checkpoint: move epoch10, epoch9 away, or use another"):
+        checkpoint.newest(run)
+
+
+@pytest.mark.parametrize("item", ITEMS)
+def test_a_missing_item_is_named(run, item):
+    shutil.rmtree(run / "epoch9" / item)
+    with pytest.raises(CheckpointError, match=f"epoch9 is not whole: .*No such file.*epoch9/{item}/"):
+        read(run / "epoch9")
+
+
+def test_every_file_counts(run):
+    for file in [file for file in (run / "epoch10").rglob("*") if file.is_file() and file.stat().st_size]:
+        flip(file)
+        assert checkpoint.newest(run).name == "epoch9"
+        flip(file)
+    assert read(run / "epoch10") == 10
+
+
+def test_the_checkpoints_of_a_run_by_their_steps(tmp_path, capsys):
+    assert checkpoint.newest(tmp_path) is None
+    assert checkpoint.checkpoints(tmp_path / "nowhere") == []
+    for name, step in (("epoch9", 90), ("epoch10", 100), ("stopped", 95), ("epoch11.copy", 110), ("epoch12", 120)):
+        small(tmp_path / name, step)
+    (tmp_path / "epoch12" / "about" / "metadata").write_text("{")
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["epoch9", "stopped", "epoch10"]
+    assert "passed over: " in capsys.readouterr().out
+    assert checkpoint.newest(tmp_path).name == "epoch10"
+    assert checkpoint.checkpoints(tmp_path / "epoch10") == []
+
+
+def test_no_checkpoint_says_what_there_is(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no checkpoint at .*nowhere; train one: python train.py quick"):
+        checkpoint.about(tmp_path / "nowhere")
+    small(tmp_path / "final", 1)
+    with pytest.raises(CheckpointError, match=r"no checkpoint at .*epoch9; there are .*final"):
+        checkpoint.about(tmp_path / "epoch9")
+    with pytest.raises(CheckpointError, match=rf"no checkpoint at {tmp_path}; there are .*final"):
+        checkpoint.about(tmp_path)
+
+
+def test_a_reader_uses_what_waits_where_it_lies(tmp_path):
+    small(tmp_path / "final", 1)
+    (tmp_path / "final").rename(tmp_path / ".final.old")
+    small(tmp_path / "spare", 2)
+    (tmp_path / "spare").rename(tmp_path / ".final.part")
+    before = contents(tmp_path)
+    assert checkpoint.newest(tmp_path) == tmp_path / "final"
+    assert checkpoint.checkpoints(tmp_path) == [tmp_path / "final"]
+    assert read(tmp_path / "final") == 1
+    assert contents(tmp_path) == before
+    small(tmp_path / "epoch3", 3)  # a writer tidies up
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch3", "final"]
+    assert read(tmp_path / "final") == 1
+
+
+def test_a_checkpoint_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatch):
+    small(tmp_path / "final", 1)
+    verified = checkpoint._verified
+
+    def replaced(*args):
+        found = verified(*args)
+        monkeypatch.undo()
+        small(tmp_path / "final", 2)
+        shutil.rmtree(found / "train")  # what was verified is gone
+        small(tmp_path / "final", 2)
+        return found
+
+    monkeypatch.setattr(checkpoint, "_verified", replaced)
+    assert int(checkpoint.restore(tmp_path / "final", items(0))["train"]["step"]) == 2
+
+
+# Writing.
+
+
+class Killed(BaseException):
+    """Ends a save as SIGKILL would: nothing catches it, nothing is cleaned up."""
+
+
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["epoch10", "epoch11"])
+def test_a_save_cut_off_anywhere_loses_nothing(two, tmp_path, monkeypatch, name, every):
+    class Steps:
+        """Counts what changes a folder, and dies before the n-th time."""
+
+        def __init__(self, n):
+            self.left = n
+
+        def __call__(self, change):
+            def counted(*args, **keywords):
+                if self.left == 0:
+                    raise Killed
+                self.left -= 1
+                return change(*args, **keywords)
+
+            return counted
+
+    for n in itertools.count(step=every):
+        folder = shutil.copytree(two, tmp_path / str(n))
+        with monkeypatch.context() as patch:
+            steps = Steps(n)
+            for owner, change in ((Path, "rename"), (Path, "write_text"), (os, "rmdir")):
+                patch.setattr(owner, change, steps(getattr(owner, change)))
+            try:
+                small(folder / name, 11)
+                break
+            except Killed:
+                pass
+        assert read(checkpoint.newest(folder)) in (10, 11)
+        assert read(folder / "epoch10") in (10, 11)
+        small(folder / name, 12)
+        assert {path.name for path in folder.iterdir()} == {"epoch9", "epoch10", name}
+        assert read(folder / name) == 12
+    assert n > 1
+    assert read(folder / name) == 11
+
+
+ENDLESS = """
+import sys
+from pathlib import Path
+sys.path[:0] = sys.argv[2:]
+from checkpoint import Saver, about, newest
+from test_checkpoint import items
+before = newest(Path(sys.argv[1]))
+with Saver(keep=2) as saver:
+    for step in range(1 + (before is not None and about(before)["step"]), 10**6):
+        for name in (f"epoch{step}", "stopped"):
+            saver.save(Path(sys.argv[1]) / name, items(step), {"step": step})
+            saver.wait()
+        print(step, flush=True)
+"""
+
+
+def killed(folder, after):
+    """Goes on saving in another process until that is killed; the last step of which it said that it was saved."""
+    command = [sys.executable, "-c", ENDLESS, str(folder), str(ROOT), str(ROOT / "tests")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        first = process.stdout.readline()
+        time.sleep(after)
+        process.send_signal(signal.SIGKILL)
+        return int((first + process.stdout.read()).split("\n")[-2])
+
+
+@pytest.mark.parametrize("times", [2, pytest.param(40, marks=pytest.mark.slow)])
+def test_a_killed_trainer_leaves_its_last_checkpoint_whole(tmp_path, times):
+    chance = random.Random(times)
+    for _ in range(times):
+        saved = killed(tmp_path, chance.uniform(0.2, 1.2))
+        assert saved <= read(checkpoint.newest(tmp_path)) <= saved + 1
+        assert saved <= read(tmp_path / "stopped") <= saved + 1
+        for path in checkpoint.checkpoints(tmp_path):
+            read(path)
+    small(tmp_path / "final", 1)
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.fixture
+def full_disk():
+    """No file may grow beyond 100 kB."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+
+    yield fill
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_is_said_and_the_checkpoint_before_stays(tmp_path, full_disk, capfd):
+    small(tmp_path / "epoch1", 1)
+    noise = {"w": np.random.default_rng(0).normal(size=100_000)}
+    full_disk()
+    with Saver(keep=1) as saver:
+        saver.save(tmp_path / "epoch2", {**items(2), "train": noise}, {"step": 2})
+        saver.wait()
+        said, logged = capfd.readouterr()
+        assert logged == ""
+        assert said.startswith(f"{tmp_path}/epoch2 cannot be written: File too large")
+        assert f"Still whole: {tmp_path}/epoch1. Training goes on\n" in said
+        assert said.count("\n") == 1
+        for _ in range(2):  # in a new place, and over one that is whole
+            for save in (checkpoint.save, lambda *args: saver.save(*args, now=True)):
+                with pytest.raises(CheckpointError, match=f"final cannot be written: .*Still whole: {tmp_path}/"):
+                    save(tmp_path / "final", {**items(2), "train": noise}, {"step": 2})
+            small(tmp_path / "final", 3)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch1", "final"]
+        assert (read(tmp_path / "epoch1"), read(tmp_path / "final")) == (1, 3)
+        saver.save(tmp_path / "epoch4", items(4), {"step": 4})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch4", "final"]
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"file/final cannot be written: .*Still whole: none"):
+        small(tmp_path / "file" / "final", 1)
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """Saves wait until it is set."""
+    gate, save = threading.Event(), checkpoint.ocp.Checkpointer.save
+    monkeypatch.setattr(
+        checkpoint.ocp.Checkpointer, "save", lambda *args, **words: gate.wait(60) and save(*args, **words)
+    )
+    return gate
+
+
+def test_what_is_saved_is_the_state_at_that_time(tmp_path, gate):
+    step = jax.jit(lambda state: jax.tree.map(lambda leaf: 2 * leaf, state), donate_argnums=0)
+    state = step(jax.tree.map(jnp.asarray, items(1)))
+    with Saver() as saver:
+        saver.save(tmp_path / "epoch1", state, {"step": 2})
+        given = jax.tree.leaves(state)
+        for _ in range(3):
+            state = step(state)
+        assert all(leaf.is_deleted() for leaf in given)
+        assert not (tmp_path / "epoch1").exists()
+        gate.set()
+    assert read(tmp_path / "epoch1") == 2
+
+
+@pytest.mark.parametrize("now", [False, True])
+def test_a_save_in_flight_is_waited_for(tmp_path, gate, now):
+    with Saver() as saver:
+        saver.save(tmp_path / "epoch1", items(1), {"step": 1})
+        assert not (tmp_path / "epoch1").exists()
+        threading.Timer(0.1, gate.set).start()
+        saver.save(tmp_path / "final", items(2), {"step": 2}, now=now)
+        assert read(tmp_path / "epoch1") == 1
+        assert (tmp_path / "final").exists() or not now
+    assert read(tmp_path / "final") == 2
+
+
+@pytest.mark.parametrize(("keep", "left"), [(0, [2, 5, 9, 10, 11]), (1, [11]), (2, [10, 11]), (9, [2, 5, 9, 10, 11])])
+def test_only_the_last_epochs_are_kept(two, tmp_path, keep, left):
+    for name in ("epoch2", "epoch5", "epoch9", "epoch10", "stopped", "final", "other"):
+        shutil.copytree(two / "epoch9", tmp_path / name)
+    everything = {path.name for path in tmp_path.iterdir()}
+    with Saver(keep) as saver:
+        saver.save(tmp_path / "stopped", items(9), {"step": 9})
+        saver.wait()
+        assert {path.name for path in tmp_path.iterdir()} == everything
+        saver.save(tmp_path / "epoch11", items(11), {"step": 11})
+    assert {path.name for path in tmp_path.iterdir()} == {*(f"epoch{n}" for n in left), "stopped", "final", "other"}
+
+
+def test_epochs_after_the_one_that_is_saved_are_kept(run):
+    with Saver(keep=1) as saver:
+        saver.save(run / "epoch8", items(8), {"step": 8})
+    assert sorted(path.name for path in run.iterdir()) == ["epoch10", "epoch8", "epoch9"]
+
+
+TOGETHER = """
+import sys
+from pathlib import Path
+sys.path[:0] = sys.argv[4:]
+import jax
+jax.distributed.initialize(sys.argv[3], num_processes=2, process_id=int(sys.argv[1]))
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+import checkpoint
+from test_checkpoint import items, read
+folder = Path(sys.argv[2])
+mesh = jax.make_mesh((4,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
+everywhere = NamedSharding(mesh, PartitionSpec())
+state = jax.device_put(items(3), everywhere)
+with checkpoint.Saver(keep=1) as saver:
+    saver.save(folder / "epoch1", state, {"step": 3})
+    saver.save(folder / "epoch2", state, {"step": 3})
+    saver.save(folder / "final", state, {"step": 3}, now=True)
+multihost_utils.sync_global_devices("saved")
+if jax.process_index() == 1:  # alone
+    assert checkpoint.newest(folder).name == "final" and read(folder / "final") == 3
+state = jax.device_put(checkpoint.restore(folder / "epoch2", items(0)), everywhere)
+assert int(jax.jit(lambda state: state["train"]["step"])(state)) == 3
+multihost_utils.sync_global_devices("read")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_save_and_restore(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [str(tmp_path), address, str(ROOT), str(ROOT / "tests")]
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "2"}
+    both = [subprocess.Popen([sys.executable, "-c", TOGETHER, str(i), *command], env=environment) for i in range(2)]
+    assert [process.wait(120) for process in both] == [0, 0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch2", "final"]
