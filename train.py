@@ -2,7 +2,9 @@
 
 Without a preset, the one that fits this machine is taken; every field of it can be overridden (`--help` lists them).
 Missing pictures are prepared first. Checkpoints go to `models_vA0/epoch{N}` and `models_vA0/final`, the loss to
-`models_vA0/metrics.jsonl`, sample grids to `validation_images/`. Ctrl-C saves and stops; `--resume` goes on.
+`models_vA0/metrics.jsonl`, sample grids to `validation_images/`. Ctrl-C saves and stops. With `--resume` the same
+command starts a run, goes on with one that was stopped or killed, and ends it with the same weights as if nothing had
+happened.
 """
 
 import dataclasses
@@ -35,7 +37,7 @@ HOPELESS = 3  # steps in a row whose loss or gradient is not finite
 class Options:
     config: Annotated[Params, tyro.conf.arg(name="")]
     output: Path = Path("models_vA0")  # folder of the checkpoints and metrics.jsonl
-    resume: bool = False  # go on from the newest checkpoint in the output folder
+    resume: bool = False  # go on from the newest whole checkpoint in the output folder, if there is one
     dry_run: bool = False  # print configuration, parameters, FLOPs and memory of a step, then stop
 
 
@@ -113,8 +115,6 @@ def run(options: Options) -> None:
     newest = checkpoint.newest(output)
     if newest is not None and not options.resume:
         sys.exit(f"{output} already holds {newest.name}: go on with --resume, or train elsewhere with --output FOLDER")
-    if newest is None and options.resume:
-        sys.exit(f"--resume: {output} holds no checkpoint to go on from; start without it")
     named = [part for part in output.parts if part not in (output.anchor, ".", "..")]
     grids = Path("validation_images", "-".join(named) or "run")
     writable(output)
@@ -159,9 +159,11 @@ def run(options: Options) -> None:
         state = training.resumed(state, checkpoint.restore(newest, training.resumable(state)))
         print(f"resumed from {newest}, step {int(state.step)}")
 
-    def save(name: str) -> Path:
-        now = {**about, "epoch": step * config.B / concepts, "step": step, "seconds": log.seconds}
-        checkpoint.save(output / name, training.resumable(state), about=now)
+    saver = checkpoint.Saver(config.keep, say=tqdm.write)
+
+    def save(name: str, *, now: bool = False) -> Path:
+        then = {**about, "epoch": step * config.B / concepts, "step": step, "seconds": log.seconds}
+        saver.save(output / name, training.resumable(state), then, now=now)
         return output / name
 
     def sample(name: str) -> Path:
@@ -192,7 +194,7 @@ def run(options: Options) -> None:
             batch = next(batches)
         except dataset.DatasetError:
             bar.close()
-            save("stopped")
+            save("stopped", now=True)
             raise
         in_flight.append(loss)
         if len(in_flight) > 2:
@@ -208,9 +210,8 @@ def run(options: Options) -> None:
             state = state._replace(records=training.no_records(int(records.streak)))
             if records.longest >= HOPELESS:
                 bar.close()
-                sys.exit(
-                    f"{diagnosis(state, records, step, log.step)} The weights before them are in {save('stopped')}"
-                )
+                kept = save("stopped", now=True)
+                sys.exit(f"{diagnosis(state, records, step, log.step)} The weights before them are in {kept}")
             with log.paused():
                 more = heldout_loss(state.ema.short) if sampling else {}
             line = log.write(step, records, learning_rate=float(learning_rate(step - 1)), **more)
@@ -224,8 +225,8 @@ def run(options: Options) -> None:
     bar.close()
 
     if stop and step < steps:
-        sys.exit(f"stopped at step {step} of {steps}; {save('stopped')} written. Go on: {again(resume=True)}")
-    final, grid = save("final"), sample("final")
+        sys.exit(f"stopped at step {step} of {steps}; {save('stopped', now=True)} written. Go on: {again()}")
+    final, grid = save("final", now=True), sample("final")
     print(f"{final} and {grid} written. Next: python test.py --checkpoint {final}")
 
 
@@ -256,10 +257,13 @@ def stop_signal() -> list[int]:
 
 def same_run(path: Path, saved: dict, now: dict) -> None:
     """Stop where the checkpoint is of another configuration, encoder or dataset."""
+    free = MAY_CHANGE - (
+        {"epochs"} if now["config"]["decay"] != "constant" else set()
+    )  # the rate falls towards the end
     differ = [
         f"{field} was {saved['config'].get(field)!r}, now {value!r}"
         for field, value in json.loads(json.dumps(now["config"])).items()
-        if field not in MAY_CHANGE and saved["config"].get(field) != value
+        if field not in free and saved["config"].get(field) != value
     ]
     for part in ("encoder", "dataset"):
         if saved[part] != now[part]:
@@ -267,7 +271,7 @@ def same_run(path: Path, saved: dict, now: dict) -> None:
     if differ:
         sys.exit(
             f"--resume: {path} is of another configuration: {'; '.join(differ)}. "
-            f"Only {', '.join(sorted(MAY_CHANGE))} may change; train a new one with --output FOLDER"
+            f"Only {', '.join(sorted(free))} may change; train a new one with --output FOLDER"
         )
 
 
@@ -287,12 +291,13 @@ def diagnosis(state, records, step: int, since: int) -> str:
     return (
         f"train.py: {records.longest} steps in a row were not finite, {records.skipped} of {step - since} up to "
         f"step {step}: {where}; otherwise {norm} weights up to {largest:.3g}. Lower --learning_rate or --clip and go "
-        f"on with {again(resume=True)}; if it comes back, {cure}."
+        f"on with {again()}; if it comes back, {cure}."
     )
 
 
-def again(*, resume: bool) -> str:
-    words = [word for word in sys.argv[1:] if word != "--resume"] + ["--resume"] * resume
+def again() -> str:
+    """The command that goes on with this run."""
+    words = [word for word in sys.argv[1:] if word != "--resume"] + ["--resume"]
     return f"python train.py {shlex.join(words)}"
 
 

@@ -51,4 +51,4 @@ def test_a_field_of_another_version_is_named():
 @pytest.mark.parametrize("field", FIELDS)
 def test_every_field_is_read_somewhere(field):
     source = "".join(path.read_text() for path in ROOT.glob("*.py") if path.name != "params.py")
-    assert re.search(rf"\bconfig\.{field}\b", source) or field == "keep"
+    assert re.search(rf"\bconfig\.{field}\b", source)

@@ -156,6 +156,32 @@ def test_ctrl_c_saves_and_a_resumed_run_equals_an_undisturbed_one(tmp_path, tiny
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
+def test_a_run_killed_twenty_times_ends_with_the_weights_of_an_undisturbed_one(tmp_path, tiny):
+    config = dataclasses.replace(tiny, epochs=100_000, log_every=1, sample_every=100_000, save_every=1, keep=2)
+    words = [sys.executable, str(ROOT / "train.py"), *flags(config), "--resume"]
+    quiet = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    log = tmp_path / "models_vA0" / "metrics.jsonl"
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        started = time.time()
+        with (tmp_path / "said.txt").open("a") as said:
+            running = subprocess.Popen(words, cwd=tmp_path, env=quiet, stdout=said, stderr=said)
+        while running.poll() is None and not (log.exists() and log.stat().st_mtime > started):
+            time.sleep(0.02)  # until it trains
+        time.sleep(random.uniform(0, 3))
+        assert running.poll() is None, (tmp_path / "said.txt").read_text()
+        running.kill()
+        running.wait()
+    step = checkpoint.about(checkpoint.newest(tmp_path / "models_vA0"))["step"]
+    ends = [*words, "--epochs", str(step * 3 // 8 + 5)]
+    for more in (), ("--output", "undisturbed"):
+        subprocess.run([*ends, *more], cwd=tmp_path, env=quiet, check=True, stdout=subprocess.DEVNULL)
+    resumed, undisturbed = (weights(tmp_path / name / "final", tiny) for name in ("models_vA0", "undisturbed"))
+    for a, b in zip(jax.tree.leaves(resumed), jax.tree.leaves(undisturbed), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_with_the_last_good_state(call, tiny, monkeypatch):
     load = dataloader.load
 
@@ -222,7 +248,6 @@ def test_a_dry_run_prints_the_cost_and_leaves_nothing(call, tiny, tmp_path):
     [
         (["quikc"], "no preset 'quikc'; did you mean 'quick'"),
         (["quick", "--data", "nowhere"], "no folder nowhere"),
-        (["quick", "--resume"], "holds no checkpoint"),
         (["quick", "--output", "/proc/none"], "/proc/none cannot be written"),
     ],
 )
