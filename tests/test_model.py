@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from model import Attention, TimestampNet, UNet, patchify, sinusoid, unpatchify
+from augmentation import LABELS
+from model import Attention, TimestampNet, UNet, network, patchify, sinusoid, unpatchify
 from params import Params
 
 TEXT_DIM = 6
@@ -55,6 +56,51 @@ def test_output_has_the_shape_of_the_picture_and_starts_at_zero(change):
     out = run(awake(config), noisy, *rest)
     assert out.shape == noisy.shape
     assert out.std() > 0.01
+
+
+def test_dropout_leaves_drawing_alone_and_training_unbiased():
+    config = dataclasses.replace(TINY, dropout=0.5)
+    model, batch = awake(config), inputs(config)
+    plain = run(model, *batch)
+    np.testing.assert_array_equal(plain, run(awake(TINY), *batch))
+    one, other = (run(model, *batch, None, jax.random.key(seed)) for seed in (0, 1))
+    assert (abs(one - plain).max() > 0.01) & (abs(one - other).max() > 0.01)
+
+
+def test_the_network_is_told_of_changes_to_the_picture_and_of_none_by_silence():
+    config = dataclasses.replace(TINY, augmentation=0.5)
+    model, batch = awake(config), inputs(config)
+    none, some = jnp.zeros((config.B, len(LABELS))), jnp.eye(config.B, len(LABELS))
+    np.testing.assert_allclose(run(model, *batch), run(model, *batch, none), atol=1e-5)
+    assert abs(run(model, *batch, some) - run(model, *batch)).max() > 1e-3
+    weights = nnx.state(UNet(config, TEXT_DIM, nnx.Rngs(0)))
+    assert not weights["augmentation"]["kernel"][...].any()  # so that it starts by ignoring them
+
+
+def products(jaxpr):
+    """The types of whatever is multiplied by matrix product or convolution."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+            yield from (factor.aval.dtype for factor in equation.invars)
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda part: hasattr(part, "jaxpr")):
+            if hasattr(inner, "jaxpr"):
+                yield from products(inner.jaxpr)
+
+
+def test_bfloat16_is_inside_only_and_close_to_float32():
+    graphdef, weights = nnx.split(awake(TINY))
+    weights = nnx.to_pure_dict(weights)
+    batch = inputs(TINY)
+    half = dataclasses.replace(TINY, compute="bfloat16")
+    exact, rounded = (jax.jit(network(config, graphdef, weights))(*batch) for config in (TINY, half))
+    assert exact.dtype == rounded.dtype == jnp.float32
+    error = jnp.linalg.norm(exact - rounded) / jnp.linalg.norm(exact)
+    assert 1e-4 < error < 0.05  # the mantissa has 8 bits
+    factors = list(products(jax.make_jaxpr(network(half, graphdef, weights))(*batch).jaxpr))
+    assert len(factors) > 20
+    assert set(factors) == {jnp.dtype("bfloat16")}
+    gradient = jax.jit(jax.grad(lambda w: jnp.sum(network(half, graphdef, w)(*batch) ** 2)))(weights)
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])

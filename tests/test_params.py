@@ -31,6 +31,13 @@ def test_values_outside_the_range_are_refused_by_name_with_the_range(field):
         ({"self_attention": (4,)}, r"self_attention = \(4,\).*0 to 3"),
         ({"cross_attention": (-1,)}, r"cross_attention = \(-1,\).*0 to 3"),
         ({"HEAD_DIM": 48}, "HEAD_DIM = 48.*256"),
+        ({"prediction": "noise"}, "prediction = 'noise'.*'eps', 'v', 'x0'"),
+        ({"compute": "float16"}, "compute = 'float16'.*'float32', 'bfloat16'"),
+        ({"zero_terminal_snr": True}, "zero_terminal_snr = True.*prediction = 'eps'"),
+        ({"zero_terminal_snr": True, "prediction": "v", "loss_weight": "min_snr"}, "zero_terminal_snr.*min_snr"),
+        ({"snr_gamma": 3.0}, "snr_gamma = 3.0.*loss_weight = 'min_snr'.*uniform"),
+        ({"minutes": 5.0, "decay": "linear"}, "minutes = 5.0.*decay = 'linear'"),
+        ({"accumulate": 5}, "accumulate = 5.*divisors of B = 64"),
     ],
 )
 def test_contradictions_are_refused_by_name(wrong, message):

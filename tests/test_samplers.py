@@ -63,11 +63,14 @@ def test_halving_the_step_shows_the_order(name, order, steps):
     np.testing.assert_allclose(orders, order, atol=0.35)
 
 
+@pytest.mark.parametrize("schedule", [SCHEDULE, schedules.cosine(1000, zero_terminal_snr=True)], ids=["", "zero SNR"])
 @pytest.mark.parametrize("name", SOLVERS)
-def test_the_whole_way_from_noise_ends_where_it_should(name):
-    along = timesteps(SCHEDULE, "trailing", 100)
-    noisy = jnp.full((1, 1, 1, 1), on_the_curve(SCHEDULE, 1000, 1.0), jnp.float32)
-    assert abs(float(solve(name, noisy, along, eta=0.0)[0, 0, 0, 0]) - (M + S)) < (0.02 if "dd" in name else 0.005)
+def test_the_whole_way_from_noise_ends_where_it_should(name, schedule):
+    along = timesteps(schedule, "trailing", 100)
+    noisy = jnp.full((1, 1, 1, 1), on_the_curve(schedule, 1000, 1.0), jnp.float32)
+    assert abs(float(solve(name, noisy, along, schedule, eta=0.0)[0, 0, 0, 0]) - (M + S)) < (
+        0.02 if "dd" in name else 0.005
+    )
 
 
 def test_ddim_follows_equation_12_step_by_step():
@@ -256,9 +259,10 @@ def test_log_snr_spacing_is_even_in_log_snr():
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
 @pytest.mark.parametrize("T", [2, 7, 50])
-def test_any_number_of_steps_gives_decreasing_timesteps_down_to_0(spacing, T):
-    schedule = schedules.cosine(T)
+def test_any_number_of_steps_gives_decreasing_timesteps_down_to_0(spacing, T, zero_terminal_snr):
+    schedule = schedules.cosine(T, zero_terminal_snr=zero_terminal_snr)
     for steps in range(1, T + 1):
         along = timesteps(schedule, spacing, steps)
         assert len(along) == steps + 1

@@ -53,6 +53,19 @@ def test_steps_run_from_image_to_noise(T):
     )
 
 
+@pytest.mark.parametrize("T", [2, 7, 1000])
+def test_zero_terminal_snr_is_algorithm_1(T):
+    """Lin et al. 2024: alpha of steps 1 … T is shifted so that the last is 0, and scaled so that the first stays."""
+    plain, schedule = schedules.cosine(T), schedules.cosine(T, zero_terminal_snr=True)
+    root = np.asarray(plain.alpha[1:], np.float64)
+    shifted = root - root[-1]
+    np.testing.assert_allclose(schedule.alpha[1:], shifted * root[0] / (root[0] - root[-1]), rtol=1e-5, atol=1e-7)
+    assert (schedule.alpha[0], schedule.sigma[0], schedule.alpha[-1], schedule.sigma[-1]) == (1, 0, 0, 1)
+    np.testing.assert_allclose(schedule.alpha**2 + schedule.sigma**2, 1, rtol=1e-6)
+    np.testing.assert_allclose(schedule.sigma[1], plain.sigma[1], rtol=1e-6)
+    assert (np.diff(schedule.log_snr) < 0).all()
+
+
 def test_noising_keeps_unit_variance_and_ends_are_pure():
     schedule, image, noise, _, _ = mixture(1000)
     at = lambda t: schedules.add_noise(schedule, image, noise, jnp.full(SHAPE[:1], t))  # noqa: E731

@@ -179,3 +179,65 @@ def test_records_sort_the_loss_by_noise_level(tiny, data, compiled):
     assert float(state.records.count.sum()) == 5 * tiny.B
     np.testing.assert_allclose(state.records.loss.sum(), total, rtol=1e-5)
     assert float(state.records.grad_norm) > 0
+
+
+def test_even_timesteps_meet_every_stretch_once_and_every_step_alike(tiny):
+    config = dataclasses.replace(tiny, T=40, B=10, low_discrepancy=True)
+    draws = jax.vmap(lambda key: training.random_steps(key, config))(jax.random.split(jax.random.key(0), 4000))
+    stretches = np.sort((np.asarray(draws) - 1) // 4, axis=1)
+    assert (stretches == np.arange(10)).mean() > 0.99  # rounding may put two on one border
+    counts = np.bincount(np.asarray(draws).ravel(), minlength=41)
+    assert counts[0] == 0
+    assert len(counts) == 41
+    np.testing.assert_allclose(counts[1:], 1000, atol=5 * np.sqrt(1000))
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+def test_min_snr_weighs_the_error_of_the_clean_image_alike_for_every_prediction(tiny, prediction):
+    """The loss of a wrong estimate of the image, made from that estimate in each prediction's own terms."""
+    config = dataclasses.replace(tiny, prediction=prediction, loss_weight="min_snr", snr_gamma=3.0)
+    schedule, t = schedules.of(config), jnp.array([1, 7, 20, 33, 49])
+    keys = jax.random.split(jax.random.key(3), 3)
+    image, noise, wrong = (jax.random.normal(key, (5, 2, 3, 1)) for key in keys)
+    noisy = schedules.add_noise(schedule, image, noise, t)
+    claimed = {
+        "eps": schedules.eps_from_denoised(schedule, noisy, wrong, t),
+        "v": schedules.v_from_denoised(schedule, noisy, wrong, t),
+        "x0": wrong,
+    }[prediction]
+    batch = dataloader.Batch(image, jnp.zeros((5, 1, 1)), jnp.ones((5, 1), bool))
+    losses = training.loss_at(lambda *_: claimed, batch, noise, t, schedule, prediction)
+    snr = np.exp(np.asarray(schedule.log_snr, np.float64)[t])
+    expected = np.minimum(snr, 3.0) * np.mean((wrong - image) ** 2, axis=(1, 2, 3))
+    np.testing.assert_allclose(training.loss_weight(schedule, t, config) * losses, expected, rtol=2e-3)
+
+
+def test_accumulation_equals_the_large_batch(tiny, data):
+    config = dataclasses.replace(tiny, B=6, embedding_dropout=0.5, loss_weight="min_snr", augmentation=0.5)
+    graphdef, after = training.structure(config, TEXT_DIM), []
+    for parts in (1, 3):
+        step = training.build_train_step(dataclasses.replace(config, accumulate=parts), graphdef)
+        state, loss = step(fresh(config), data, KEYS)
+        after.append((loss, state.optimizer[1][0].mu, state.records))
+    for one, other in zip(*map(jax.tree.leaves, after), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_the_learning_rate_rises_then_falls_to_zero_at_the_last_step(tiny):
+    for decay, half_way, end in (("constant", 0.1, 0.1), ("cosine", 0.05, 0), ("linear", 0.05, 0)):
+        rate = training.learning_rate(dataclasses.replace(tiny, warmup=10, learning_rate=0.1, decay=decay), 110)
+        np.testing.assert_allclose([rate(0), rate(5), rate(10)], [0, 0.05, 0.1], atol=1e-6)
+        np.testing.assert_allclose([rate(60), rate(110)], [half_way, end], atol=1e-6)
+
+
+def test_steps_skipped_in_a_row_are_counted_across_readings(tiny, data, compiled):
+    poisoned = data._replace(
+        text_emb=jnp.full_like(data.text_emb, jnp.nan), null_emb=jnp.full_like(data.null_emb, jnp.nan)
+    )
+    state = fresh(tiny)
+    for source in (poisoned, data, poisoned, poisoned):
+        state, _ = compiled(state, source, KEYS)
+    counts = [int(getattr(state.records, name)) for name in ("skipped", "forward", "streak", "longest")]
+    assert counts == [3, 3, 2, 2]
+    state, _ = compiled(state._replace(records=training.no_records(2)), poisoned, KEYS)
+    assert int(state.records.longest) == 3
