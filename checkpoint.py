@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 ITEMS = ("ema_short", "ema_long", "train", "about")
@@ -29,13 +30,25 @@ def save(path: Path, items: dict[str, dict], about: dict) -> None:
     _recover(path)
     new, old = _beside(path)
     shutil.rmtree(new, ignore_errors=True)
-    saves = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+    saves = {name: ocp.args.StandardSave(jax.device_get(tree)) for name, tree in items.items()}
+    with _orbax() as writer:
         writer.save(new, args=ocp.args.Composite(about=ocp.args.JsonSave(about), **saves))
     if path.exists():
         path.rename(old)
     new.rename(path)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _orbax() -> ocp.Checkpointer:
+    """A reader and writer that waits for no other process."""
+    this = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(this, {this}, barrier_sync_key_prefix=str(this))
+    handlers = {name: ocp.StandardCheckpointHandler(multiprocessing_options=alone) for name in ITEMS}
+    handlers["about"] = ocp.JsonCheckpointHandler(multiprocessing_options=alone)
+    options = ocp.CompositeOptions(multiprocessing_options=alone)
+    return ocp.Checkpointer(
+        ocp.CompositeCheckpointHandler(composite_options=options, **handlers), multiprocessing_options=alone
+    )
 
 
 def _beside(path: Path) -> tuple[Path, Path]:
@@ -58,9 +71,8 @@ def about(path: Path) -> dict:
 
 def restore(path: Path, like: dict[str, dict]) -> dict[str, dict]:
     """The items of a checkpoint that `like` names, in its structure, shapes and dtypes."""
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), like)
-    return _read(path, {item: ocp.args.StandardRestore(tree) for item, tree in abstract.items()})
+    host = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
+    return jax.device_put(_read(path, {item: ocp.args.StandardRestore(tree) for item, tree in host.items()}))
 
 
 def newest(folder: Path) -> Path | None:
@@ -88,7 +100,7 @@ def _read(path: Path, items: dict) -> dict:
     if missing:
         raise CheckpointError(f"{path} is not a whole checkpoint: it lacks {', '.join(missing)}; take another one")
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+        with _orbax() as reader:
             read = reader.restore(path, args=ocp.args.Composite(**items))
             return {item: read[item] for item in items}
     except Exception as error:  # Orbax and TensorStore raise a dozen kinds for a damaged or unlike file

@@ -35,6 +35,7 @@ class Options:
     output: Path = Path("models_vA0")  # folder of the checkpoints and metrics.jsonl
     resume: bool = False  # go on from the newest checkpoint in the output folder
     dry_run: bool = False  # print configuration, parameters, FLOPs and memory of a step, then stop
+    distributed: bool = False  # this process is one of several, found by SLURM or named by JAX_PROCESS_ID (see README)
 
 
 def parse(args: list[str]) -> Options:
@@ -46,6 +47,8 @@ def parse(args: list[str]) -> Options:
         sys.exit(
             f"no preset {preset!r}{f'; did you mean {close[0]!r}?' if close else ''} (presets: {', '.join(PRESETS)})"
         )
+    if not named and "--distributed" in args:
+        sys.exit("--distributed: name the preset, the same in every process: python train.py emoji64 --distributed")
     if not named and not {"-h", "--help"} & set(args):
         preset = "emoji64" if device.on_accelerator() else "quick"
         print(f"preset: {preset}, fit for {'an accelerator' if preset == 'emoji64' else 'a CPU'}", flush=True)
@@ -70,26 +73,30 @@ def main() -> None:
     import checkpoint
     import dataset
     import packages
+    import parallel
     import text_encoder
 
     try:
-        if options.dry_run:
-            describe(options.config)
-        else:
-            run(options)
+        if options.distributed:
+            parallel.join()
+        ended = describe(options.config) if options.dry_run else run(options)
+        parallel.leave()
     except (
         dataset.DatasetError,
         packages.PackageError,
         text_encoder.EncoderError,
         checkpoint.CheckpointError,
+        parallel.ParallelError,
         OSError,
     ) as error:
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted before training began; the same command starts again and keeps what is prepared")
+    sys.exit(ended if parallel.first() else bool(ended))
 
 
-def run(options: Options) -> None:
+def run(options: Options) -> str | None:
+    """Train; returns why it ended, if that was early."""
     # Data: pictures, captions and their embeddings, on the device.
     import jax
     from tqdm import tqdm
@@ -98,6 +105,7 @@ def run(options: Options) -> None:
     import dataloader
     import dataset
     import emoji_sources
+    import parallel
     import schedule
     import text_encoder
     import training
@@ -105,7 +113,9 @@ def run(options: Options) -> None:
     from pipeline import DiffusionPipeline
     from tracking import MetricsLog
 
-    output, config = options.output, options.config
+    output, config, first = options.output, options.config, parallel.first()
+    parallel.check_divides(config.B)
+    parallel.after_first("prepared")
     newest = checkpoint.newest(output)
     if newest is not None and not options.resume:
         sys.exit(f"{output} already holds {newest.name}: go on with --resume, or train elsewhere with --output FOLDER")
@@ -134,6 +144,7 @@ def run(options: Options) -> None:
     captions = [name for name, heldout in rows if not heldout]
     heldout_captions = [name for name, heldout in rows if heldout]
     data = dataloader.load(pictures.images[~pictures.heldout], captions, encoder, config.TEXT_LEN)
+    parallel.done_first("prepared")
     print(f"{len(captions)} pictures of {config.vendor} to train on, {len(heldout_captions)} held out")
 
     # State: network, optimizer, averaged weights; new, or as the newest checkpoint left them.
@@ -155,29 +166,44 @@ def run(options: Options) -> None:
         about["seconds"] = earlier["seconds"]
         state = training.resumed(state, checkpoint.restore(newest, training.resumable(state)))
         print(f"resumed from {newest}, step {int(state.step)}")
+    step = int(state.step)
+    parallel.check_alike(**{part: about[part] for part in ("config", "encoder", "dataset")}, step=step)
+    state, data, keys = parallel.replicated((state, data, keys))
 
     def save(name: str) -> Path:
+        if not first:
+            return output / name
         now = {**about, "epoch": step * config.B / len(captions), "step": step, "seconds": log.seconds}
         checkpoint.save(output / name, training.resumable(state), about=now)
         return output / name
 
     def sample(name: str) -> Path:
         """A grid of the same prompts from the same seeds every time, drawn by the averaged weights."""
-        prompts, seeds = about["prompts"], range(len(about["prompts"]))
-        images = DiffusionPipeline.of(config, encoder, graphdef, state.ema.short).generate_arrays(prompts, seeds=seeds)
         path = grids / f"{name}.png"
+        if not first:
+            return path
+        prompts, seeds = about["prompts"], range(len(about["prompts"]))
+        pipeline = DiffusionPipeline.of(config, encoder, graphdef, parallel.local(state.ema.short))
+        images = pipeline.generate_arrays(prompts, seeds=seeds)
         save_png(captioned_grid(images, prompts, columns=6, cell=96), path)
         return path
 
     # Training.
     train_step = training.build_train_step(config, graphdef).lower(state, data, keys).compile()
-    step = int(state.step)
     steps = -(-config.epochs * len(captions) // config.B)
-    stop = stop_signal()
+    signals = stop_signal()
     in_flight = deque()  # at most two steps are queued, so that the clock is honest and Ctrl-C answers at once
-    log = MetricsLog(output / "metrics.jsonl", step, about["seconds"], pictures=len(captions), B=config.B)
-    bar = tqdm(total=steps * config.B, initial=step * config.B, unit="img", smoothing=0.05, disable=None)
-    out_of_time = 0 < config.minutes * 60 <= log.seconds
+    bar = tqdm(
+        total=steps * config.B, initial=step * config.B, unit="img", smoothing=0.05, disable=None if first else True
+    )
+    if first:
+        log = MetricsLog(output / "metrics.jsonl", step, about["seconds"], pictures=len(captions), B=config.B)
+
+    def enough(*, meet: bool) -> tuple[bool, ...]:
+        """Whether to stop: on a signal to any process, when the time of the first is over."""
+        return parallel.agreed(bool(signals), first and 0 < config.minutes * 60 <= log.seconds, meet=meet)
+
+    stop, out_of_time = enough(meet=True)
     while step < steps and not stop and not out_of_time:
         state, loss = train_step(state, data, keys)
         step += 1
@@ -185,29 +211,32 @@ def run(options: Options) -> None:
         if len(in_flight) > 2:
             in_flight.popleft().block_until_ready()
         bar.update(config.B)
-        out_of_time = 0 < config.minutes * 60 <= log.seconds
 
         epoch, before = step * config.B // len(captions), (step - 1) * config.B // len(captions)
         sampling = epoch // config.sample_every > before // config.sample_every
         saving = epoch // config.save_every > before // config.save_every
-        if step % config.log_every == 0 or sampling or saving or step == steps or stop or out_of_time:
-            records, state = jax.device_get(state.records), state._replace(records=training.no_records())
+        reading = step % config.log_every == 0 or sampling or saving or step == steps
+        stop, out_of_time = enough(meet=reading)
+        if reading or stop or out_of_time:
+            records = jax.device_get(state.records)
+            state = state._replace(records=parallel.replicated(training.no_records()))
             if records.skipped:
                 bar.close()
                 save("stopped")
-                sys.exit(not_finite(step, records.skipped, output))
-            line = log.write(step, records)
-            bar.set_postfix(loss=f"{line['loss']:.4f}")
-        if saving and step < steps:
+                return not_finite(step, records.skipped, output)
+            if first:
+                line = log.write(step, records)
+                bar.set_postfix(loss=f"{line['loss']:.4f}")
+        if first and saving and step < steps:
             with log.paused():
                 save(f"epoch{epoch}")
-        if sampling and step < steps:
+        if first and sampling and step < steps:
             with log.paused():
                 bar.write(f"epoch {epoch}: loss {line['loss']:.4f}, {sample(f'epoch{epoch}')}")
     bar.close()
 
     if stop and step < steps:
-        sys.exit(f"stopped at step {step} of {steps}; {save('stopped')} written. Go on: {again(resume=True)}")
+        return f"stopped at step {step} of {steps}; {save('stopped')} written. Go on: {again(resume=True)}"
     final, grid = save("final"), sample("final")
     print(f"{final} and {grid} written. Next: python test.py --checkpoint {final}")
 
@@ -230,7 +259,7 @@ def stop_signal() -> list[int]:
     def handle(number: int, _frame) -> None:
         received.append(number)
         signal.signal(number, signal.SIG_DFL)
-        print("\nstopping after this step; once more to stop without saving", file=sys.stderr)
+        print("\nstopping soon; once more to stop without saving", file=sys.stderr)
 
     signal.signal(signal.SIGINT, handle)
     signal.signal(signal.SIGTERM, handle)
@@ -272,9 +301,11 @@ def describe(config: Params) -> None:
     import jax.numpy as jnp
 
     import dataloader
+    import parallel
     import training
     from text_encoder import EncoderError, TextEncoder
 
+    parallel.check_divides(config.B)
     try:
         text_dim = TextEncoder(config.encoder).dim
     except EncoderError:

@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 import dataloader
+import parallel
 import schedule as schedules
 from dataloader import Batch, Data
 from model import UNet
@@ -141,6 +142,7 @@ def build_train_step(
         batch = dataloader.sample_batch(
             data, keys.order, keys.dropout, state.step, B=config.B, embedding_dropout=config.embedding_dropout
         )
+        batch = parallel.dealt(batch)
 
         def objective(weights: dict):
             model = nnx.merge(graphdef, nnx.State(weights))
@@ -171,4 +173,4 @@ def build_train_step(
         weights, ema, optimizer_state, records = kept
         return TrainState(weights, ema, optimizer_state, state.step + 1, records), loss
 
-    return jax.jit(train_step, donate_argnums=0)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=parallel.whole())

@@ -12,8 +12,8 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
 
-TYPED = ["dataloader", "dataset", "drawing", "features", "guidance", "judge", "metrics", "model", "samplers"]
-TYPED += ["schedule", "text_encoder", "training"]
+TYPED = ["dataloader", "dataset", "drawing", "features", "guidance", "judge", "metrics", "model", "parallel"]
+TYPED += ["samplers", "schedule", "text_encoder", "training"]
 jaxtyping.install_import_hook(TYPED, "beartype.beartype")
 
 
