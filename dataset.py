@@ -156,8 +156,12 @@ def of(config: Params, root: Path | None = None, *, decode: bool = True) -> Pict
 
 
 def side(pictures: Pictures, *, heldout: bool) -> Pictures:
-    """The pictures on one side of the split; the fingerprint and the faults stay those of the whole."""
-    rows = np.flatnonzero(pictures.heldout == heldout)
+    """The pictures on one side of the split."""
+    return only(pictures, np.flatnonzero(pictures.heldout == heldout))
+
+
+def only(pictures: Pictures, rows) -> Pictures:
+    """The pictures of these rows; the fingerprint and the faults stay those of the whole."""
     images = None if pictures.images is None else pictures.images[rows]
     fields = ("names", "indexes", "files", "keywords")
     lists = {field: [getattr(pictures, field)[row] for row in rows] for field in fields}

@@ -24,7 +24,9 @@ from tqdm import tqdm
 import dataloader
 import heldout
 import metrics
+import parallel
 import training
+from dataset import DatasetError, Pictures, only
 from params import Params
 from pipeline import DiffusionPipeline
 from sampling import Sampling
@@ -102,29 +104,25 @@ def pick(images: UInt8[np.ndarray, "n h w c"], captions: Sequence[str], most: in
     return sorted(rows[picked].tolist())
 
 
-def self_test(
-    config: Params,
-    images: UInt8[np.ndarray, "n h w c"],
-    captions: Sequence[str],
-    encoder: TextEncoder,
-    *,
-    seconds: float = SECONDS,
-) -> Verdict:
-    """Learn a few of the pictures by heart, and judge; ValueError where there are fewer than two to tell apart."""
+def self_test(config: Params, pictures: Pictures, encoder: TextEncoder, *, seconds: float = SECONDS) -> Verdict:
+    """Learn a few of the pictures by heart, and judge; DatasetError where there are fewer than two to tell apart."""
     start = time.perf_counter()
-    rows = pick(images, captions)
-    if len(rows) < 2:
-        raise ValueError(
-            f"--self_test needs 2 pictures that differ, with captions that differ; among these {len(captions)} there "
-            "are none: see python prepare_dataset.py --check"
+    pictures = only(pictures, pick(pictures.images, pictures.names))
+    images, captions, n = pictures.images, pictures.names, len(pictures.names)
+    if n < 2:
+        raise DatasetError(
+            "--self_test needs 2 pictures that differ, with captions that differ, and the dataset has none: see "
+            "python prepare_dataset.py --check"
         )
-    images, captions, n = images[rows], [captions[row] for row in rows], len(rows)
     print(f"self-test: learning {n} pictures by heart: {', '.join(captions)}", flush=True)
 
-    config = dataclasses.replace(config, B=n, warmup=min(config.warmup, WARMUP))
+    size = parallel.mesh().size
+    B = -(-n // size) * size  # on many devices some pictures come twice
+    plain = {"accumulate": 1, "augmentation": 0.0, "dropout": 0.0, "caption_variants": 0.0, "decay": "constant"}
+    config = dataclasses.replace(config, B=B, warmup=min(config.warmup, WARMUP), **plain)
     init_key, *streams = jax.random.split(jax.random.key(config.seed), 1 + len(training.Keys._fields))
     keys = training.Keys(*streams)
-    data = dataloader.load(images, captions, encoder, config.TEXT_LEN)
+    data = dataloader.load(pictures, encoder, config)
     graphdef = training.structure(config, encoder.dim)
     state = training.init(config, encoder.dim, init_key)
     losses = heldout.build_losses(config, graphdef)
@@ -133,14 +131,16 @@ def self_test(
     high = np.flatnonzero(heldout.questions(1, config.T)[0])[-3:]  # levels
 
     def measure() -> Measured:
-        each = [
-            heldout.loss_per_level(losses, state.ema.short, images, text_emb[whose], text_mask[whose], T=config.T)
-            for whose in (own, others)
-        ]
+        weights, asked = (
+            parallel.local(state.ema.short),
+            ((text_emb[whose], text_mask[whose]) for whose in (own, others)),
+        )
+        each = [heldout.loss_per_level(losses, weights, images, *text, T=config.T) for text in asked]
         loss = heldout.per_picture(each[0], config.T).mean()
         return Measured(float(loss), *(float(some[:, high].mean()) for some in each))
 
     before = after = measure()
+    state, data, keys = parallel.replicated((state, data, keys))
     train_step = training.build_train_step(config, graphdef).lower(state, data, keys).compile()
     steps, ready = 0, time.perf_counter()
     end = start + seconds - max(10, (ready - start) / 2)  # leaves time to compile the drawing, and to draw
@@ -157,7 +157,7 @@ def self_test(
 
     drawings = None
     if after.loss < FELL * before.loss:
-        pipeline = DiffusionPipeline.of(config, encoder, graphdef, state.ema.short)
+        pipeline = DiffusionPipeline.of(config, encoder, graphdef, parallel.local(state.ema.short))
         drawn = pipeline.generate_arrays(captions, Sampling(c=1.0), seeds=0)
         distance = metrics.distances(drawn, images)
         drawings = Drawings(*(int((metrics.ranks(distance, whose) == 0).sum()) for whose in (own, others)))

@@ -23,6 +23,10 @@ Name = Literal["tensorboard", "wandb"]
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 
+class TrackerError(ValueError):
+    """A tracker was asked for that cannot start; the message says what to do."""
+
+
 class Tracker(Protocol):
     """Somewhere to look at a run while it trains. Whatever it raises, it is not asked again."""
 
@@ -121,14 +125,14 @@ class Wandb:
 
 
 def require(names: Sequence[Name]) -> None:
-    """ValueError where the package of a tracker is not installed; imports nothing."""
+    """TrackerError where the package of a tracker is not installed; imports nothing."""
     for name in names:
         if importlib.util.find_spec(PACKAGES[name]) is None:
-            raise ValueError(f"--track {name} needs {PACKAGES[name]}: pip install -r requirements-tracking.txt")
+            raise TrackerError(f"--track {name} needs {PACKAGES[name]}: pip install -r requirements-tracking.txt")
 
 
 def trackers(names: Sequence[Name], output: Path, *, step: int, config: dict) -> list[Tracker]:
-    """The chosen trackers of the run in `output`, begun anew at step 0, else gone on with; ValueError if one cannot."""
+    """The chosen trackers of the run in `output`, begun anew at step 0; TrackerError if one cannot."""
     require(names)
     start = {
         "tensorboard": lambda: TensorBoard(output / "tensorboard", step),
@@ -143,7 +147,7 @@ def trackers(names: Sequence[Name], output: Path, *, step: int, config: dict) ->
         try:
             started.append(start[name]())
         except Exception as error:  # a tracker may raise anything; better now than after an hour
-            raise ValueError(
+            raise TrackerError(
                 f"--track {name} cannot start: {type(error).__name__}: {error}; {help[name]}, or leave out --track"
             ) from error
     return started

@@ -17,7 +17,7 @@ import sys
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -39,6 +39,9 @@ class Options:
     output: Path = Path("models_vA0")  # folder of the checkpoints and metrics.jsonl
     resume: bool = False  # go on from the newest whole checkpoint in the output folder, if there is one
     dry_run: bool = False  # print configuration, parameters, FLOPs and memory of a step, then stop
+    self_test: bool = False  # learn 8 pictures by heart in two minutes, say whether text steers them, then stop
+    distributed: bool = False  # this process is one of several, found by SLURM or named by JAX_PROCESS_ID (see README)
+    track: tuple[Literal["tensorboard", "wandb"], ...] = ()  # where to watch the run, besides metrics.jsonl
 
 
 def parse(args: list[str]) -> Options:
@@ -50,6 +53,8 @@ def parse(args: list[str]) -> Options:
         sys.exit(
             f"no preset {preset!r}{f'; did you mean {close[0]!r}?' if close else ''} (presets: {', '.join(PRESETS)})"
         )
+    if not named and "--distributed" in args:
+        sys.exit("--distributed: name the preset, the same in every process: python train.py emoji64 --distributed")
     if not named and not {"-h", "--help"} & set(args):
         preset = "emoji64" if device.on_accelerator() else "quick"
         print(f"preset: {preset}, fit for {'an accelerator' if preset == 'emoji64' else 'a CPU'}", flush=True)
@@ -74,51 +79,36 @@ def main() -> None:
     import checkpoint
     import dataset
     import packages
+    import parallel
     import text_encoder
+    import tracking
 
     try:
-        if options.dry_run:
-            describe(options.config)
-        else:
-            run(options)
+        if options.distributed:
+            parallel.join()
+        do = describe if options.dry_run else examine if options.self_test else run
+        ended = do(options)
+        parallel.leave()
     except (
         dataset.DatasetError,
         packages.PackageError,
         text_encoder.EncoderError,
         checkpoint.CheckpointError,
+        parallel.ParallelError,
+        tracking.TrackerError,
         OSError,
     ) as error:
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted before training began; the same command starts again and keeps what is prepared")
+    sys.exit(ended if parallel.first() else bool(ended))
 
 
-def run(options: Options) -> None:
-    # Data: pictures, captions and their embeddings, on the device.
-    import jax
-    from tqdm import tqdm
-
-    import checkpoint
-    import dataloader
+def prepared(config: Params) -> tuple:
+    """The configuration with its names resolved for good, its pictures, its text encoder; fetched where need be."""
     import dataset
     import emoji_sources
-    import heldout
-    import schedule
-    import stream
     import text_encoder
-    import training
-    from grids import captioned_grid, save_png
-    from pipeline import DiffusionPipeline
-    from tracking import MetricsLog
-
-    output, config = options.output, options.config
-    newest = checkpoint.newest(output)
-    if newest is not None and not options.resume:
-        sys.exit(f"{output} already holds {newest.name}: go on with --resume, or train elsewhere with --output FOLDER")
-    named = [part for part in output.parts if part not in (output.anchor, ".", "..")]
-    grids = Path("validation_images", "-".join(named) or "run")
-    writable(output)
-    writable(grids)
 
     root = Path(config.data)
     if config.data == Params.data:
@@ -134,9 +124,45 @@ def run(options: Options) -> None:
         sys.exit(
             f"train.py: --TEXT_LEN = {config.TEXT_LEN}: {config.encoder} takes at most {encoder.max_length} tokens"
         )
+    return config, pictures, encoder
+
+
+def run(options: Options) -> str | None:
+    """Train; returns why it ended, if that was early."""
+    # Data: pictures, captions and their embeddings, on the device.
+    import jax
+    from tqdm import tqdm
+
+    import checkpoint
+    import dataloader
+    import dataset
+    import heldout
+    import parallel
+    import schedule
+    import stream
+    import tracking
+    import training
+    from grids import captioned_grid, save_png
+    from pipeline import DiffusionPipeline
+
+    output, config, first = options.output, options.config, parallel.first()
+    tracking.require(options.track)
+    parallel.check_divides(config)
+    if config.compute == "bfloat16" and not device.on_accelerator():
+        print("--compute bfloat16: slower than float32 on most CPUs", file=sys.stderr)
+    parallel.after_first("prepared")
+    newest = checkpoint.newest(output)
+    if newest is not None and not options.resume:
+        sys.exit(f"{output} already holds {newest.name}: go on with --resume, or train elsewhere with --output FOLDER")
+    named = [part for part in output.parts if part not in (output.anchor, ".", "..")]
+    grids = Path("validation_images", "-".join(named) or "run")
+    writable(output)
+    writable(grids)
+    config, pictures, encoder = prepared(config)
     shown, unseen = (dataset.side(pictures, heldout=side) for side in (False, True))
     captions, concepts = shown.names, len(set(shown.indexes))
     source = (stream if config.stream else dataloader).load(shown, encoder, config)
+    parallel.done_first("prepared")
     print(f"{len(captions)} pictures of {config.vendor} to train on, {len(unseen.names)} held out")
 
     # State: network, optimizer, averaged weights; new, or as the newest checkpoint left them.
@@ -158,76 +184,107 @@ def run(options: Options) -> None:
         about["seconds"] = earlier["seconds"]
         state = training.resumed(state, checkpoint.restore(newest, training.resumable(state)))
         print(f"resumed from {newest}, step {int(state.step)}")
-
+    step = int(state.step)
+    parallel.check_alike(**{part: about[part] for part in ("config", "encoder", "dataset")}, step=step)
     saver = checkpoint.Saver(config.keep, say=tqdm.write)
 
     def save(name: str, *, now: bool = False) -> Path:
-        then = {**about, "epoch": step * config.B / concepts, "step": step, "seconds": log.seconds}
-        saver.save(output / name, training.resumable(state), then, now=now)
+        if first:
+            then = {**about, "epoch": step * config.B / concepts, "step": step, "seconds": log.seconds}
+            saver.save(output / name, training.resumable(state), then, now=now)
         return output / name
 
     def sample(name: str) -> Path:
         """A grid of the same prompts from the same seeds every time, drawn by the averaged weights."""
-        prompts, seeds = about["prompts"], range(len(about["prompts"]))
-        images = DiffusionPipeline.of(config, encoder, graphdef, state.ema.short).generate_arrays(prompts, seeds=seeds)
         path = grids / f"{name}.png"
-        save_png(captioned_grid(images, prompts, columns=6, cell=96), path)
+        if first:
+            prompts, seeds = about["prompts"], range(len(about["prompts"]))
+            pipeline = DiffusionPipeline.of(config, encoder, graphdef, parallel.local(state.ema.short))
+            images = pipeline.generate_arrays(prompts, seeds=seeds)
+            save_png(captioned_grid(images, prompts, columns=6, cell=96), path)
+            log.picture(step, "samples", path)
         return path
 
     # Training.
-    step = int(state.step)
+    if config.stream:
+        read = stream.batches(source, keys.order, step, config, share=parallel.share(config.B))
+        batches = map(parallel.assembled, read)
+    else:
+        batches = itertools.repeat(parallel.replicated(source))  # all of it, for the step to choose from
+    state, keys, batch = *parallel.replicated((state, keys)), next(batches)
     steps = -(-config.epochs * concepts // config.B)
-    batches = stream.batches(source, keys.order, step, config) if config.stream else itertools.repeat(source)
-    batch = next(batches)  # all of the data where they are on the device, for the step to choose from
     train_step = training.build_train_step(config, graphdef, steps).lower(state, batch, keys).compile()
     learning_rate = training.learning_rate(config, steps)
     heldout_loss = heldout.build_watch(config, graphdef, unseen, encoder)
-    stop = stop_signal()
+    signals = stop_signal()
     in_flight = deque()  # at most two steps are queued, so that the clock is honest and Ctrl-C answers at once
-    log = MetricsLog(output / "metrics.jsonl", step, about["seconds"], pictures=concepts, B=config.B)
-    bar = tqdm(total=steps * config.B, initial=step * config.B, unit="img", smoothing=0.05, disable=None)
-    out_of_time = 0 < config.minutes * 60 <= log.seconds
-    while step < steps and not stop and not out_of_time:
-        state, loss = train_step(state, batch, keys)
-        step += 1
-        try:
-            batch = next(batches)
-        except dataset.DatasetError:
-            bar.close()
-            save("stopped", now=True)
-            raise
-        in_flight.append(loss)
-        if len(in_flight) > 2:
-            in_flight.popleft().block_until_ready()
-        bar.update(config.B)
-        out_of_time = 0 < config.minutes * 60 <= log.seconds
+    if first:
+        trackers = tracking.trackers(options.track, output, step=step, config=config.to_json())
+        log = tracking.MetricsLog(
+            output / "metrics.jsonl", step, about["seconds"], pictures=concepts, B=config.B, trackers=trackers
+        )
+    seen = {"total": steps * config.B, "initial": step * config.B, "unit": "img"}
 
-        epoch, before = step * config.B // concepts, (step - 1) * config.B // concepts
-        sampling = epoch // config.sample_every > before // config.sample_every
-        saving = epoch // config.save_every > before // config.save_every
-        if step % config.log_every == 0 or sampling or saving or step == steps or stop or out_of_time:
-            records = jax.device_get(state.records)
-            state = state._replace(records=training.no_records(int(records.streak)))
-            if records.longest >= HOPELESS:
-                bar.close()
-                kept = save("stopped", now=True)
-                sys.exit(f"{diagnosis(state, records, step, log.step)} The weights before them are in {kept}")
-            with log.paused():
-                more = heldout_loss(state.ema.short) if sampling else {}
-            line = log.write(step, records, learning_rate=float(learning_rate(step - 1)), **more)
-            bar.set_postfix(loss=line["loss"], skipped=line["skipped"] or None)
-        if saving and step < steps:
-            with log.paused():
-                save(f"epoch{epoch}")
-        if sampling and step < steps:
-            with log.paused():
-                bar.write(f"epoch {epoch}: loss {line['loss']:.4f}, {sample(f'epoch{epoch}')}")
-    bar.close()
+    def enough(*, meet: bool) -> tuple[bool, ...]:
+        """Whether to stop: on a signal to any process, when the time of the first is over."""
+        return parallel.agreed(bool(signals), first and 0 < config.minutes * 60 <= log.seconds, meet=meet)
 
-    if stop and step < steps:
-        sys.exit(f"stopped at step {step} of {steps}; {save('stopped', now=True)} written. Go on: {again()}")
+    stop, out_of_time = enough(meet=True)
+    fault = ""
+    with saver, tqdm(**seen, smoothing=0.05, disable=None if first else True) as bar:
+        while step < steps and not (stop or out_of_time or fault):
+            state, loss = train_step(state, batch, keys)
+            step += 1
+            try:
+                batch = next(batches)
+            except dataset.DatasetError:
+                save("stopped", now=True)
+                raise
+            in_flight.append(loss)
+            if len(in_flight) > 2:
+                in_flight.popleft().block_until_ready()
+            bar.update(config.B)
+
+            epoch, before = step * config.B // concepts, (step - 1) * config.B // concepts
+            sampling = epoch // config.sample_every > before // config.sample_every
+            saving = epoch // config.save_every > before // config.save_every
+            reading = step % config.log_every == 0 or sampling or saving or step == steps
+            stop, out_of_time = enough(meet=reading)
+            if reading or stop or out_of_time:
+                records = jax.device_get(state.records)
+                state = state._replace(records=parallel.replicated(training.no_records(int(records.streak))))
+                fault = diagnosis(state, records, step) if records.longest >= HOPELESS else ""
+                if first:
+                    with log.paused():
+                        more = heldout_loss(parallel.local(state.ema.short)) if sampling else {}
+                    line = log.write(step, records, {"learning_rate": float(learning_rate(step - 1)), **more})
+                    bar.set_postfix(loss=line["loss"], skipped=line["skipped"] or None)
+            if first and saving and step < steps and not fault:
+                with log.paused():
+                    save(f"epoch{epoch}")
+            if first and sampling and step < steps and not fault:
+                with log.paused():
+                    bar.write(f"epoch {epoch}: loss {line['loss']}, {sample(f'epoch{epoch}')}")
+
+    if fault or (stop and step < steps):
+        return f"{fault or f'stopped at step {step} of {steps}'}; {save('stopped', now=True)} written. Go on: {again()}"
     final, grid = save("final", now=True), sample("final")
+    if first:
+        log.close()
     print(f"{final} and {grid} written. Next: python test.py --checkpoint {final}")
+
+
+def examine(options: Options) -> str | None:
+    """Whether code and data can learn; returns why not."""
+    from dataset import side
+    from selftest import CANDIDATES, self_test
+
+    config = options.config
+    config = dataclasses.replace(config, stream=False, MAX_INDEX=min(config.MAX_INDEX or CANDIDATES, CANDIDATES))
+    config, pictures, encoder = prepared(config)
+    verdict = self_test(config, side(pictures, heldout=False), encoder)
+    print(verdict)
+    return None if verdict.outcome == "PASS" else f"self-test: {verdict.outcome}"
 
 
 def example_prompts(captions: list[str], heldout: list[str]) -> list[str]:
@@ -248,7 +305,7 @@ def stop_signal() -> list[int]:
     def handle(number: int, _frame) -> None:
         received.append(number)
         signal.signal(number, signal.SIG_DFL)
-        print("\nstopping after this step; once more to stop without saving", file=sys.stderr)
+        print("\nstopping soon; once more to stop without saving", file=sys.stderr)
 
     signal.signal(signal.SIGINT, handle)
     signal.signal(signal.SIGTERM, handle)
@@ -275,23 +332,19 @@ def same_run(path: Path, saved: dict, now: dict) -> None:
         )
 
 
-def diagnosis(state, records, step: int, since: int) -> str:
+def diagnosis(state, records, step: int) -> str:
     """What is known of steps that were skipped because they were not finite, and what to do about it."""
     import jax
     import numpy as np
 
-    leaves = jax.tree.leaves(jax.device_get(state.weights))
-    largest = max(float(np.abs(leaf).max(initial=0)) for leaf in leaves)
-    good = step - since - records.skipped
+    weights = jax.device_get(jax.tree.leaves(state.weights))
+    largest = max(float(np.abs(leaf).max(initial=0)) for leaf in weights)
+    where, cure = "their gradient, while the loss was finite", "--compute float32 has more range than bfloat16"
     if records.forward:
-        where, cure = "the loss itself", "look for captions or pictures that are broken"
-    else:
-        where, cure = "the gradient, while the loss was finite", "compute = float32 has more range"
-    norm = f"a gradient norm of {records.grad_norm / good:.3g} and" if good else "no finite gradient among them,"
+        where, cure = "their loss already", "look for captions or pictures that are broken"
     return (
-        f"train.py: {records.longest} steps in a row were not finite, {records.skipped} of {step - since} up to "
-        f"step {step}: {where}; otherwise {norm} weights up to {largest:.3g}. Lower --learning_rate or --clip and go "
-        f"on with {again()}; if it comes back, {cure}."
+        f"train.py: up to step {step}, {records.longest} steps in a row were not finite, {where}, and changed no "
+        f"weight (the largest is {largest:.3g}). Lower --learning_rate or --clip; if it comes back, {cure}"
     )
 
 
@@ -301,15 +354,18 @@ def again() -> str:
     return f"python train.py {shlex.join(words)}"
 
 
-def describe(config: Params) -> None:
+def describe(options: Options) -> None:
     """Print the configuration, and what one step of it costs."""
     import jax
     import jax.numpy as jnp
 
     import dataloader
+    import parallel
     import training
     from text_encoder import EncoderError, TextEncoder
 
+    config = options.config
+    parallel.check_divides(config)
     try:
         text_dim = TextEncoder(config.encoder).dim
     except EncoderError:

@@ -18,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 import dataloader
+import parallel
 import schedule as schedules
 from augmentation import augment
 from dataloader import Batch, Data, Picked
@@ -205,17 +206,18 @@ def build_train_step(
             return jax.tree.map(jnp.add, sums, (loss, gradient)), losses
 
         def cut(leaf: Array) -> Array:
-            return leaf.reshape(config.accumulate, -1, *leaf.shape[1:])
+            """[B, …] as [parts, B / parts, …], no row of which leaves its device."""
+            return leaf.reshape(-1, config.accumulate, *leaf.shape[1:]).swapaxes(0, 1)
 
         parts = (*jax.tree.map(cut, (batch, noise, t)), (jax.tree.map(cut, labels), dropout_keys))
         nothing = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, weights))
         unroll = jax.default_backend() == "cpu"  # where XLA runs convolutions inside a loop many times slower
         (loss, gradient), losses = jax.lax.scan(add, nothing, parts, unroll=unroll)
         loss, gradient = jax.tree.map(lambda total: total / config.accumulate, (loss, gradient))
-        return loss, losses.ravel(), gradient
+        return loss, losses.T.ravel(), gradient
 
     def train_step(state: TrainState, source: Data | Picked, keys: Keys) -> tuple[TrainState, Float[Array, ""]]:
-        batch = dataloader.batch_of(source, keys.order, keys.dropout, state.step, config)
+        batch = parallel.dealt(dataloader.batch_of(source, keys.order, keys.dropout, state.step, config))
         t_key, noise_key = jax.random.split(jax.random.fold_in(keys.noise, state.step))
         t, noise = random_steps(t_key, config), jax.random.normal(noise_key, batch.image.shape)
         key = jax.random.fold_in(keys.regularization, state.step)
@@ -248,4 +250,4 @@ def build_train_step(
         weights, ema, optimizer_state, records = kept
         return TrainState(weights, ema, optimizer_state, state.step + 1, records), loss
 
-    return jax.jit(train_step, donate_argnums=0)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=parallel.whole())

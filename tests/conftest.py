@@ -13,7 +13,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
 
 TYPED = ["augmentation", "dataloader", "dataset", "drawing", "features", "guidance", "judge", "metrics", "model"]
-TYPED += ["samplers", "schedule", "stream", "text_encoder", "training"]
+TYPED += ["parallel", "samplers", "schedule", "stream", "text_encoder", "training"]
 jaxtyping.install_import_hook(TYPED, "beartype.beartype")
 
 

@@ -35,7 +35,7 @@ class SameForAll(TextEncoder):
 
 def test_a_network_that_learns_passes(tiny, pictures, encoder):
     config = dataclasses.replace(tiny, prediction="v")
-    verdict = self_test(config, pictures.images, pictures.names, encoder, seconds=600)
+    verdict = self_test(config, pictures, encoder, seconds=600)
     assert verdict.outcome == "PASS", verdict
     found = verdict.evidence
     assert (found.pictures, found.steps % selftest.EVERY) == (8, 0)
@@ -47,7 +47,7 @@ def test_a_network_that_learns_passes(tiny, pictures, encoder):
 
 def test_captions_that_say_nothing_fail(tiny, pictures, monkeypatch):
     monkeypatch.setattr(selftest, "MOST", selftest.ENOUGH)
-    verdict = self_test(tiny, pictures.images, pictures.names, SameForAll(tiny.encoder), seconds=600)
+    verdict = self_test(tiny, pictures, SameForAll(tiny.encoder), seconds=600)
     assert verdict.outcome == "FAIL", verdict
     assert "captions do not matter; the encoder" in verdict.why
     assert verdict.evidence.drawings.own <= 1  # all drawings are the same
@@ -56,25 +56,25 @@ def test_captions_that_say_nothing_fail(tiny, pictures, monkeypatch):
 
 def test_a_network_that_stands_still_fails_early(tiny, pictures, encoder):
     config = dataclasses.replace(tiny, learning_rate=0.0)
-    verdict = self_test(config, pictures.images, pictures.names, encoder, seconds=600)
+    verdict = self_test(config, pictures, encoder, seconds=600)
     assert (verdict.outcome, verdict.evidence.drawings, verdict.evidence.steps) == ("FAIL", None, selftest.ENOUGH)
     assert "the loss did not fall" in verdict.why
     assert "--learning_rate = 0 " in verdict.why
 
 
 def test_no_time_is_no_verdict(tiny, pictures, encoder):
-    verdict = self_test(tiny, pictures.images[:2], pictures.names[:2], encoder, seconds=0)
+    verdict = self_test(tiny, dataset.only(pictures, [0, 1]), encoder, seconds=0)
     assert (verdict.outcome, verdict.evidence.pictures, verdict.evidence.steps) == ("UNDECIDED", 2, 0)
     assert "only 0 steps fit" in verdict.why
     assert "quick --self_test" in verdict.why
 
 
 def test_pictures_that_cannot_be_told_apart_are_refused(tiny, pictures, encoder):
-    same = np.repeat(pictures.images[:1], 4, axis=0)
-    with pytest.raises(ValueError, match="needs 2 pictures that differ, with captions that differ; among these 4"):
-        self_test(tiny, same, list("abcd"), encoder)
+    same = pictures._replace(images=np.repeat(pictures.images[:1], 8, axis=0))
+    with pytest.raises(ValueError, match="needs 2 pictures that differ, with captions that differ"):
+        self_test(tiny, same, encoder)
     with pytest.raises(ValueError, match="prepare_dataset"):
-        self_test(tiny, pictures.images, ["one"] * 8, encoder)
+        self_test(tiny, pictures._replace(names=["one"] * 8), encoder)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,246 @@
+"""Several devices and several processes against one of each: the real script, on the loopback."""
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from test_train import flags, weights
+
+import checkpoint
+import parallel
+from params import Params
+
+ROOT = Path(__file__).parent.parent
+UNKNOWN = dict.fromkeys(parallel.BY_HAND, "")  # no process is told which one it is
+
+
+def start(folder, config, *more, processes=1, devices=1, unlike=()):
+    """train.py in `folder` as so many processes of so many devices; the last one gets the words `unlike` too."""
+    folder.mkdir(exist_ok=True)
+    words = [sys.executable, str(ROOT / "train.py"), *flags(config), *more, *["--distributed"] * (processes > 1)]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+    base = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    running = []
+    for index in range(processes):
+        who = dict(zip(parallel.BY_HAND, (address, str(processes), str(index)), strict=True))
+        last = unlike if index == processes - 1 else ()
+        running.append(subprocess.Popen([*words, *last], cwd=folder, env={**base, **who}, **pipes))
+    return running
+
+
+def said(running):
+    """What each process printed and complained of, once all have ended; and their exit codes."""
+    try:
+        pairs = [process.communicate(timeout=400) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    out = ["".join(line for line in out.splitlines(True) if "[Gloo]" not in line) for out, _ in pairs]
+    return out, [err for _, err in pairs], [process.returncode for process in running]
+
+
+def done(running):
+    """What process 0 printed, where all ended well and the others printed nothing."""
+    (out, *silent), err, codes = said(running)
+    assert codes == [0] * len(running), err
+    assert not any(silent)
+    return out
+
+
+def final(folder, config):
+    return weights(folder / "models_vA0" / "final", config)
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "models_vA0" / "metrics.jsonl").read_text().splitlines()]
+
+
+def close(a, b):
+    """The same but for rounding.
+
+    Sums over a batch are taken in another order, which makes a relative difference of some 1e-7 in a gradient, and of
+    anything where the gradient is nothing but rounding, as for a bias that a norm takes out again. Adam divides by
+    the gradient's size, so there a weight may go astray by a fraction of learning_rate (1e-3) a step; few do.
+    """
+    differ = [np.abs(np.asarray(x) - np.asarray(y)).ravel() for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)]
+    differ = np.concatenate(differ)
+    assert differ.max() < 2e-4
+    assert np.quantile(differ, 0.99) < 1e-6
+
+
+@pytest.fixture(scope="module")
+def four(tiny):
+    """Eight steps of four pictures by the smallest network."""
+    smallest = {"DIM_MULTS": (1,), "self_attention": (0,), "cross_attention": (0,)}
+    return dataclasses.replace(tiny, B=4, epochs=4, learning_rate=1e-3, sample_every=100, save_every=2, **smallest)
+
+
+@pytest.fixture(scope="module")
+def alone(four, tmp_path_factory):
+    """A run of one process on one device, under way."""
+    folder = tmp_path_factory.mktemp("alone")
+    running = start(folder, four)
+    return folder, lambda: running and done([running.pop()])
+
+
+def test_two_processes_of_two_devices_train_as_one(four, alone, tmp_path):
+    folder, ended = alone
+    together = start(tmp_path, four, processes=2, devices=2)
+    ended()
+    assert "models_vA0/final and validation_images/models_vA0/final.png written" in done(together)
+    close(final(tmp_path, four), final(folder, four))
+    np.testing.assert_allclose(losses(tmp_path), losses(folder), rtol=1e-5)
+    assert sorted(path.name for path in (tmp_path / "models_vA0").iterdir()) == ["epoch2", "final", "metrics.jsonl"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [2, 4])
+def test_one_process_of_several_devices_trains_as_one_of_one(four, alone, tmp_path, devices):
+    folder, ended = alone
+    several = start(tmp_path, four, devices=devices)
+    ended()
+    done(several)
+    close(final(tmp_path, four), final(folder, four))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [((1, 1), (2, 2)), ((2, 2), (1, 1))])
+def test_a_run_goes_on_with_another_number_of_processes(four, alone, tmp_path, before, after):
+    folder, ended = alone
+    ended()
+    half = dataclasses.replace(four, epochs=2)
+    done(start(tmp_path, half, processes=before[0], devices=before[1]))
+    resumed = done(start(tmp_path, four, "--resume", processes=after[0], devices=after[1]))
+    assert "resumed from models_vA0/final, step 4" in resumed
+    close(final(tmp_path, four), final(folder, four))
+
+
+def under_way(folder, running):
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and all(process.poll() is None for process in running):
+        log = folder / "models_vA0" / "metrics.jsonl"
+        if log.exists() and log.read_text().count("\n") > 1:
+            return
+        time.sleep(0.05)
+    pytest.fail(f"training never began: {said(running)}")
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_at_the_same_step(four, tmp_path):
+    running = start(tmp_path, dataclasses.replace(four, epochs=100_000, save_every=100_000), processes=2)
+    under_way(tmp_path, running)
+    running[1].send_signal(signal.SIGTERM)
+    _, err, codes = said(running)
+    step = checkpoint.about(tmp_path / "models_vA0" / "stopped")["step"]
+    assert step % four.log_every == 0
+    assert f"stopped at step {step} of" in err[0]
+    assert codes == [1, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dies", [0, 1])
+def test_no_process_waits_for_a_dead_one(four, tmp_path, dies):
+    running = start(tmp_path, dataclasses.replace(four, epochs=100_000, save_every=100_000), processes=2)
+    under_way(tmp_path, running)
+    running[dies].kill()
+    began = time.monotonic()
+    _, _, codes = said(running)
+    assert codes[1 - dies] != 0
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.slow
+def test_processes_that_were_started_differently_say_so(four, tmp_path):
+    _, err, codes = said(start(tmp_path, four, processes=2, unlike=["--seed", "1"]))
+    assert "not every process has the same config" in err[1]
+    assert all(codes)
+
+
+COLLECTIVES = r"""
+import re, sys
+sys.path[:0] = ["tests"]
+import conftest, jax, jax.numpy as jnp, numpy as np
+import dataloader, parallel, training
+from params import Params
+
+config = Params(TEXT_LEN=7, H=8, W=12, T=50, T_dim=6, T_out=10, BASE_DIM=8, DIM_MULTS=(1,), BLOCKS=1, HEAD_DIM=4, B=8,
+                self_attention=(0,), cross_attention=(0,))
+shapes = (97, 8, 12, 3), (97, 7, 5), (97, 7), (7, 5), (7,)
+zeros = map(jnp.zeros, shapes, ("uint8", "float32", "bool", "float32", "bool"))
+data = dataloader.Data(*zeros, dataloader.one_each(97))
+keys = training.Keys(*jax.random.split(jax.random.key(0), len(training.Keys._fields)))
+state = jax.eval_shape(lambda key: training.initial(config, 5, key), jax.random.key(0))
+step = training.build_train_step(config, training.structure(config, 5))
+program = step.lower(state, data, keys).compile().as_text()
+for line in program.splitlines():
+    found = re.search(r"= (.*?) (all-\w+|collective-\w+|reduce-scatter|ragged-\S+)(-start)?\(", line)
+    if found:
+        sizes = [np.prod([int(n) for n in part.split(",") if n]) for part in re.findall(r"\[([\d,]*)\]", found[1])]
+        print(found[2], int(sum(sizes)))
+print("weights", sum(leaf.size for leaf in jax.tree.leaves(state.weights)))
+rows = [np.arange(8.0)[parallel.share(8)]] * 3
+batch = parallel.assembled(dataloader.Picked(*rows, np.zeros(2), np.ones(2)))
+assert [shard.data.tolist() for shard in batch.images.addressable_shards] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+assert [shard.data.tolist() for shard in batch.null_mask.addressable_shards] == [[1, 1]] * 4
+"""
+
+
+def test_the_devices_exchange_gradients_and_nothing_larger():
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
+    made = subprocess.run([sys.executable, "-c", COLLECTIVES], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    *collectives, weights = (line.split() for line in made.stdout.splitlines())
+    assert {name for name, _ in collectives} == {"all-reduce"}
+    exchanged = sum(int(size) for _, size in collectives)
+    assert int(weights[1]) <= exchanged <= int(weights[1]) + 100  # the loss, its records by level, and an index
+
+
+def test_a_batch_that_cannot_be_dealt_out_is_refused(monkeypatch):
+    monkeypatch.setattr(parallel, "mesh", lambda: SimpleNamespace(size=4))
+    parallel.check_divides(Params(B=8))
+    parallel.check_divides(Params(B=16, accumulate=2))
+    with pytest.raises(parallel.ParallelError, match=r"--B = 6: .* over 4 devices; take --B 4 or 8, or fewer devices"):
+        parallel.check_divides(Params(B=6))
+    with pytest.raises(parallel.ParallelError, match=r"take --B 4, or"):
+        parallel.check_divides(Params(B=3))
+    with pytest.raises(parallel.ParallelError, match=r"over 4 devices in 2 parts; take --B 8 or 16"):
+        parallel.check_divides(Params(B=12, accumulate=2))
+
+
+@pytest.mark.parametrize(
+    "who", [("host:1", "two", "0"), ("host:1", "2", "2"), ("host", "2", "0"), ("host:1", "2", "-1")]
+)
+def test_wrong_numbers_of_processes_are_refused(monkeypatch, who):
+    for name, value in zip(parallel.BY_HAND, who, strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(parallel.ParallelError, match=f"JAX_NUM_PROCESSES={who[1]} .* is wrong. Set"):
+        parallel.join()
+
+
+def test_a_process_that_nobody_told_who_it_is_says_what_to_set():
+    env = {**os.environ, **UNKNOWN, "JAX_COORDINATOR_ADDRESS": "host:1"}
+    words = [sys.executable, str(ROOT / "train.py"), "quick", "--distributed"]
+    made = subprocess.run(words, env=env, cwd=ROOT, capture_output=True, text=True)
+    assert made.returncode == 1
+    assert "no cluster is recognised, and JAX_NUM_PROCESSES, JAX_PROCESS_ID is not set. Set JAX_COORD" in made.stderr
+
+
+def test_one_process_agrees_with_itself():
+    assert parallel.agreed(True, False, meet=False) == (True, False)
+    parallel.check_alike(config={"B": 3})
+    state = {"weights": jax.numpy.ones(3), "key": jax.random.key(0)}
+    assert parallel.local(parallel.replicated(state))["key"] == state["key"]
+    assert parallel.share(6) == slice(0, 6)
