@@ -131,11 +131,8 @@ def self_test(config: Params, pictures: Pictures, encoder: TextEncoder, *, secon
     high = np.flatnonzero(heldout.questions(1, config.T)[0])[-3:]  # levels
 
     def measure() -> Measured:
-        weights, asked = (
-            parallel.local(state.ema.short),
-            ((text_emb[whose], text_mask[whose]) for whose in (own, others)),
-        )
-        each = [heldout.loss_per_level(losses, weights, images, *text, T=config.T) for text in asked]
+        weights, texts = parallel.local(state.ema.short), [(text_emb[who], text_mask[who]) for who in (own, others)]
+        each = [heldout.loss_per_level(losses, weights, images, *text, T=config.T) for text in texts]
         loss = heldout.per_picture(each[0], config.T).mean()
         return Measured(float(loss), *(float(some[:, high].mean()) for some in each))
 
