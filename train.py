@@ -182,7 +182,8 @@ def run(options: Options) -> str | None:
         earlier = checkpoint.about(newest)
         same_run(newest, earlier, about)
         about["seconds"] = earlier["seconds"]
-        state = training.resumed(state, checkpoint.restore(newest, training.resumable(state)))
+        saved = parallel.replicated(checkpoint.restore(newest, training.resumable(state)))
+        state = training.resumed(state, saved)
         print(f"resumed from {newest}, step {int(state.step)}")
     step = int(state.step)
     parallel.check_alike(**{part: about[part] for part in ("config", "encoder", "dataset")}, step=step)
@@ -211,7 +212,7 @@ def run(options: Options) -> str | None:
         batches = map(parallel.assembled, read)
     else:
         batches = itertools.repeat(parallel.replicated(source))  # all of it, for the step to choose from
-    state, keys, batch = *parallel.replicated((state, keys)), next(batches)
+    keys, batch = parallel.replicated(keys), next(batches)
     steps = -(-config.epochs * concepts // config.B)
     train_step = training.build_train_step(config, graphdef, steps).lower(state, batch, keys).compile()
     learning_rate = training.learning_rate(config, steps)

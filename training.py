@@ -25,6 +25,7 @@ from dataloader import Batch, Data, Picked
 from model import UNet, network
 from params import Params
 
+EMA_EVERY = 8  # steps; an average over thousands does not notice, and entering each would make steps 7 % longer
 LEVELS = 10  # equal stretches of 1 … T over which the loss is recorded, the image side first
 
 
@@ -114,7 +115,7 @@ def initial(config: Params, text_dim: int, key: Key[Array, ""]) -> TrainState:
 def init(config: Params, text_dim: int, key: Key[Array, ""]) -> TrainState:
     """`initial` on the device, in one program; it runs once, so it is compiled fast rather than well."""
     fast = {"xla_backend_optimization_level": 0}
-    return jax.jit(lambda key: initial(config, text_dim, key), compiler_options=fast)(key)
+    return parallel.replicated(jax.jit(lambda key: initial(config, text_dim, key), compiler_options=fast)(key))
 
 
 def random_steps(key: Key[Array, ""], config: Params) -> Int[Array, "b"]:
@@ -157,18 +158,24 @@ def loss_at(
     return jnp.mean((predicted - target) ** 2, axis=(1, 2, 3))
 
 
-def ema_decay(step: Int[Array, ""], length: float) -> Float[Array, ""]:
-    """Decay of an average at a step (0 the first) that keeps its length, as a share of the run so far, at all times.
+def ema_decay(number: Int[Array, ""], length: float) -> Float[Array, ""]:
+    """Decay of an average at entry `number`, 0 the first; its length stays the same share of the run so far.
 
-    The weights of step t enter in proportion to t^γ: the power-function average of Karras et al. 2024, Eq. 4; `length`
+    The weights of entry t count in proportion to t^γ: the power-function average of Karras et al. 2024, Eq. 4; `length`
     is its relative standard deviation, whose γ is the root of their Algorithm 2.
     """
     gamma = np.roots([1, 7, 16 - length**-2, 12 - length**-2]).real.max()
-    return (1 - 1 / (step + 1)) ** (gamma + 1)
+    return (1 - 1 / (number + 1)) ** (gamma + 1)
 
 
-def averaged(average: dict, weights: dict, decay: Float[Array, ""]) -> dict:
-    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, weights)
+def averages(ema: Averages, weights: dict, number: Int[Array, ""], config: Params) -> Averages:
+    """Both averages with these weights added, the first of them numbered 0."""
+    decays = Averages(ema_decay(number, config.ema_short), ema_decay(number, config.ema_long))
+
+    def averaged(average: dict, decay: Float[Array, ""]) -> dict:
+        return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, weights)
+
+    return Averages(*map(averaged, ema, decays))
 
 
 def build_train_step(
@@ -225,11 +232,6 @@ def build_train_step(
 
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.weights)
         weights = optax.apply_updates(state.weights, updates)
-        ema = Averages(
-            short=averaged(state.ema.short, weights, ema_decay(state.step, config.ema_short)),
-            long=averaged(state.ema.long, weights, ema_decay(state.step, config.ema_long)),
-        )
-
         grad_norm, records = optax.tree.norm(gradient), state.records
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         level = (t - 1) * LEVELS // config.T
@@ -245,9 +247,11 @@ def build_train_step(
             streak=records.streak + 1,
             longest=jnp.maximum(records.longest, records.streak + 1),
         )
-        moved, stayed = (weights, ema, optimizer_state, good), (*state[:3], bad)
+        moved, stayed = (weights, optimizer_state, good), (state.weights, state.optimizer, bad)
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, stayed)
-        weights, ema, optimizer_state, records = kept
+        weights, optimizer_state, records = kept
+        number, rest = jnp.divmod(state.step, EMA_EVERY)
+        ema = jax.lax.cond(rest == 0, lambda: averages(state.ema, weights, number, config), lambda: state.ema)
         return TrainState(weights, ema, optimizer_state, state.step + 1, records), loss
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=parallel.whole())

@@ -10,6 +10,7 @@ from golden import make_train_step
 
 import checkpoint
 import dataloader
+import parallel
 import schedule as schedules
 import training
 
@@ -72,7 +73,7 @@ def test_the_step_is_traced_once(tiny, data, monkeypatch):
     step = training.build_train_step(tiny, training.structure(tiny, TEXT_DIM))
     for _ in range(3):
         state, _ = step(state, data, KEYS)
-    state, _ = step(state._replace(records=training.no_records()), data, KEYS)
+    state, _ = step(state._replace(records=parallel.replicated(training.no_records())), data, KEYS)
     assert len(traces) == 1
 
 
@@ -132,8 +133,17 @@ def test_an_average_keeps_its_length_as_a_share_of_the_run(length):
     np.testing.assert_allclose(np.sqrt((share * (place - mean) ** 2).sum()), length, rtol=1e-2)
 
 
-def test_the_average_of_the_first_step_is_that_step():
-    assert training.ema_decay(jnp.int32(0), 0.1) == 0
+def test_every_eighth_step_enters_the_averages_by_its_share(tiny, data, compiled):
+    state, entered = fresh(tiny), []
+    for step in range(2 * training.EMA_EVERY + 3):
+        state, _ = compiled(state, data, KEYS)
+        if step % training.EMA_EVERY == 0:
+            entered.append(jax.tree.map(np.asarray, state.weights))
+    for average, length in ((state.ema.short, tiny.ema_short), (state.ema.long, tiny.ema_long)):
+        _, second, third = (float(training.ema_decay(jnp.int32(number), length)) for number in range(3))
+        for found, *seen in zip(*map(jax.tree.leaves, (average, *entered)), strict=True):
+            expected = third * (second * seen[0] + (1 - second) * seen[1]) + (1 - third) * seen[2]
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
 GOLDEN = dict(np.load(make_train_step.FILE))
@@ -239,5 +249,5 @@ def test_steps_skipped_in_a_row_are_counted_across_readings(tiny, data, compiled
         state, _ = compiled(state, source, KEYS)
     counts = [int(getattr(state.records, name)) for name in ("skipped", "forward", "streak", "longest")]
     assert counts == [3, 3, 2, 2]
-    state, _ = compiled(state._replace(records=training.no_records(2)), poisoned, KEYS)
+    state, _ = compiled(state._replace(records=parallel.replicated(training.no_records(2))), poisoned, KEYS)
     assert int(state.records.longest) == 3
