@@ -177,7 +177,7 @@ import dataloader, parallel, training
 from params import Params
 
 config = Params(TEXT_LEN=7, H=8, W=12, T=50, T_dim=6, T_out=10, BASE_DIM=8, DIM_MULTS=(1,), BLOCKS=1, HEAD_DIM=4, B=8,
-                self_attention=(0,), cross_attention=(0,))
+                self_attention=(0,), cross_attention=(0,), accumulate=int(sys.argv[1]))
 shapes = (97, 8, 12, 3), (97, 7, 5), (97, 7), (7, 5), (7,)
 zeros = map(jnp.zeros, shapes, ("uint8", "float32", "bool", "float32", "bool"))
 data = dataloader.Data(*zeros, dataloader.one_each(97))
@@ -198,14 +198,17 @@ assert [shard.data.tolist() for shard in batch.null_mask.addressable_shards] == 
 """
 
 
-def test_the_devices_exchange_gradients_and_nothing_larger():
+@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_devices_exchange_gradients_and_nothing_larger(accumulate):
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
-    made = subprocess.run([sys.executable, "-c", COLLECTIVES], cwd=ROOT, env=env, capture_output=True, text=True)
+    words = [sys.executable, "-c", COLLECTIVES, str(accumulate)]
+    made = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
     *collectives, weights = (line.split() for line in made.stdout.splitlines())
     assert {name for name, _ in collectives} == {"all-reduce"}
     exchanged = sum(int(size) for _, size in collectives)
-    assert int(weights[1]) <= exchanged <= int(weights[1]) + 100  # the loss, its records by level, and an index
+    gradients = accumulate * int(weights[1])
+    assert gradients <= exchanged <= gradients + 100  # the loss, its records by level, and an index
 
 
 def test_a_batch_that_cannot_be_dealt_out_is_refused(monkeypatch):
