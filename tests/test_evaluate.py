@@ -115,7 +115,7 @@ def test_a_network_that_says_nothing_loses_what_theory_says(tiny):
 
 
 def test_the_loss_is_that_of_training(tiny):
-    encoder_dim, key = 4, jax.random.key(3)
+    encoder_dim = 4
     graphdef = training.structure(tiny, encoder_dim)
     random = np.random.default_rng(1)
     like = nnx.to_pure_dict(nnx.eval_shape(lambda: nnx.state(UNet(tiny, encoder_dim, nnx.Rngs(0)))))
@@ -123,21 +123,16 @@ def test_the_loss_is_that_of_training(tiny):
     images = np.random.default_rng(0).integers(0, 256, (2, 8, 12, 3), dtype=np.uint8)
     emb, mask = jax.random.normal(jax.random.key(2), (2, 7, 4)), jnp.ones((2, 7), bool)
 
-    def noises(key, shape, *_, **__):
-        return jax.vmap(lambda seed: normal(jax.random.key(seed), shape[1:]))(jnp.arange(2))
-
+    noise = jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), (8, 12, 3)))(jnp.arange(2))
     measure = heldout.build_losses(tiny, graphdef)
-    normal = jax.random.normal
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.jax.random, "normal", noises)
-        batch = Batch(jnp.asarray(images / 127.5 - 1, jnp.float32), emb, mask)
+    batch, t = Batch(jnp.asarray(images / 127.5 - 1, jnp.float32), emb, mask), jnp.array([3, 40])
 
-        @jax.jit
-        def as_trained(weights):
-            model = nnx.merge(graphdef, nnx.State(weights))
-            return training.loss_per_picture(model, batch, key, schedules.cosine(tiny.T), tiny.prediction)
+    @jax.jit
+    def as_trained(weights):
+        model = nnx.merge(graphdef, nnx.State(weights))
+        return training.loss_at(model, batch, noise, t, schedules.cosine(tiny.T), tiny.prediction)
 
-        expected, t = as_trained(weights)
+    expected = as_trained(weights)
     found = measure(weights, images, emb, mask, t, np.arange(2))
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 

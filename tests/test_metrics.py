@@ -247,7 +247,8 @@ def test_a_resumed_log_drops_what_came_after_its_checkpoint_and_what_was_cut_off
     log = tracking.MetricsLog(path, 4, 0.0, pictures=10, B=3)
     with log.paused():
         pass
-    log.write(6, Records(np.array([3.0, 0.0]), np.array([6.0, 0.0]), np.float32(1), np.int32(0)))
+    none = np.int32(0)
+    log.write(6, Records(np.array([3.0, 0.0]), np.array([6.0, 0.0]), np.float32(1), none, none, none, none))
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 6]
     last = lines[-1]

@@ -20,7 +20,8 @@ MORE = {"learning_rate": 1e-3, "heldout_loss": np.float32(0.5), "heldout_loss_pe
 
 
 def records(loss=(3.0, 0.0), count=(6.0, 0.0), grad_norm=1.0, skipped=0):
-    return Records(np.array(loss), np.array(count), np.float32(grad_norm), np.int32(skipped))
+    none = np.int32(0)
+    return Records(np.array(loss), np.array(count), np.float32(grad_norm), np.int32(skipped), none, none, none)
 
 
 class Listener:
