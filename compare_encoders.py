@@ -95,8 +95,7 @@ def train(options: Options, encoder: str, folder: Path) -> None:
     words = ["--encoder", encoder, "--minutes", options.minutes, "--epochs", 1_000_000, "--output", folder]
     words += ["--data", options.data] if options.data else []
     words += ["--vendor", options.vendor] if options.vendor else []
-    words += ["--resume"] if any(folder.glob("[!.]*/about")) else []
-    call("train.py", options.preset, *words)
+    call("train.py", options.preset, "--resume", *words)
 
 
 def evaluate(options: Options, folder: Path) -> None:
