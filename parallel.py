@@ -13,6 +13,7 @@ import atexit
 import functools
 import hashlib
 import os
+import re
 import sys
 from typing import Any
 
@@ -47,11 +48,15 @@ def join() -> None:
     who = {}
     if len(given) == len(BY_HAND):
         address, count, index = given.values()
-        if not (count.isdecimal() and index.isdecimal() and int(index) < int(count) and address.rpartition(":")[0]):
+        if not (
+            count.isdecimal() and index.isdecimal() and int(index) < int(count) and re.fullmatch(r".+:\d+", address)
+        ):
             raise ParallelError(f"{' '.join(f'{name}={value}' for name, value in given.items())} is wrong. {HOW}")
         who = {"num_processes": int(count), "process_id": int(index), "cluster_detection_method": "deactivate"}
     try:
         jax.distributed.initialize(**who)
+    except RuntimeError as error:
+        raise ParallelError(f"--distributed: the processes did not find each other ({error}). {HOW}") from error
     except ValueError as error:  # what JAX could not find out
         missing = ", ".join(name for name in BY_HAND if name not in given)
         raise ParallelError(f"--distributed: no cluster is recognised, and {missing} is not set. {HOW}") from error

@@ -77,7 +77,7 @@ class DiffusionPipeline:
         worse = None
         if guide is not None:
             about, other = _about(Path(guide))
-            for field in ("H", "W", "CHANNELS", "T", "TEXT_LEN"):
+            for field in ("H", "W", "CHANNELS", "T", "TEXT_LEN", "zero_terminal_snr"):
                 if getattr(other, field) != getattr(config, field):
                     both = f"{getattr(other, field)}, that of {checkpoint} {getattr(config, field)}"
                     raise ValueError(f"guide = {guide}: its {field} is {both}; take a checkpoint of the same pictures")

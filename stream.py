@@ -69,6 +69,8 @@ def encoded(encoder: TextEncoder, texts: list[str], length: int) -> np.ndarray:
     kind = np.dtype([("emb", np.float32, (kept, encoder.dim)), ("mask", bool, (kept,))])
     try:
         with replacing(file) as beside:
+            with beside.open("wb") as room:  # a mapped file that grows on a full disk would end the process
+                os.posix_fallocate(room.fileno(), 0, len(texts) * kind.itemsize)
             rows = np.lib.format.open_memmap(beside, mode="w+", dtype=kind, shape=(len(texts),))
             for part in parts:
                 text_emb, text_mask = encoder(texts[part], length)

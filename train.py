@@ -17,17 +17,18 @@ import sys
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 import device
+import tracking
 from files import writable
 from params import PRESETS, Params
 
 MAY_CHANGE = {  # between a run and its resumption
-    "data", "max_bad", "epochs", "minutes", "learning_rate", "clip", "weight_decay", "log_every", "sample_every",
-    "heldout", "save_every", "keep",
+    "data", "max_bad", "epochs", "minutes", "learning_rate", "clip", "weight_decay", "accumulate", "compute",
+    "log_every", "sample_every", "heldout", "save_every", "keep",
 }  # fmt: skip
 SAMPLES = 12  # pictures in a grid
 HOPELESS = 3  # steps in a row whose loss or gradient is not finite
@@ -41,7 +42,7 @@ class Options:
     dry_run: bool = False  # print configuration, parameters, FLOPs and memory of a step, then stop
     self_test: bool = False  # learn 8 pictures by heart in two minutes, say whether text steers them, then stop
     distributed: bool = False  # this process is one of several, found by SLURM or named by JAX_PROCESS_ID (see README)
-    track: tuple[Literal["tensorboard", "wandb"], ...] = ()  # where to watch the run, besides metrics.jsonl
+    track: tuple[tracking.Name, ...] = ()  # where to watch the run, besides metrics.jsonl
 
 
 def parse(args: list[str]) -> Options:
@@ -55,6 +56,9 @@ def parse(args: list[str]) -> Options:
         )
     if not named and "--distributed" in args:
         sys.exit("--distributed: name the preset, the same in every process: python train.py emoji64 --distributed")
+    only = [word for word in ("--distributed", "--self_test", "--dry_run") if word in args]
+    if len(only) > 1:
+        sys.exit(f"{' and '.join(only)} ask for different things: a run of many processes, a test or a forecast by one")
     if not named and not {"-h", "--help"} & set(args):
         preset = "emoji64" if device.on_accelerator() else "quick"
         print(f"preset: {preset}, fit for {'an accelerator' if preset == 'emoji64' else 'a CPU'}", flush=True)
@@ -81,7 +85,6 @@ def main() -> None:
     import packages
     import parallel
     import text_encoder
-    import tracking
 
     try:
         if options.distributed:
@@ -140,7 +143,6 @@ def run(options: Options) -> str | None:
     import parallel
     import schedule
     import stream
-    import tracking
     import training
     from grids import captioned_grid, save_png
     from pipeline import DiffusionPipeline
@@ -188,6 +190,12 @@ def run(options: Options) -> str | None:
     step = int(state.step)
     parallel.check_alike(**{part: about[part] for part in ("config", "encoder", "dataset")}, step=step)
     saver = checkpoint.Saver(config.keep, say=tqdm.write)
+
+    def end(name: str) -> Path:
+        path = save(name, now=True)
+        if first:
+            log.close()
+        return path
 
     def save(name: str, *, now: bool = False) -> Path:
         if first:
@@ -237,9 +245,9 @@ def run(options: Options) -> str | None:
             state, loss = train_step(state, batch, keys)
             step += 1
             try:
-                batch = next(batches)
+                batch = next(batches) if step < steps else batch
             except dataset.DatasetError:
-                save("stopped", now=True)
+                end("stopped")
                 raise
             in_flight.append(loss)
             if len(in_flight) > 2:
@@ -254,12 +262,13 @@ def run(options: Options) -> str | None:
             if reading or stop or out_of_time:
                 records = jax.device_get(state.records)
                 state = state._replace(records=parallel.replicated(training.no_records(int(records.streak))))
-                fault = diagnosis(state, records, step) if records.longest >= HOPELESS else ""
+                fault = diagnosis(config, state, records, step) if records.longest >= HOPELESS else ""
                 if first:
                     with log.paused():
                         more = heldout_loss(parallel.local(state.ema.short)) if sampling else {}
                     line = log.write(step, records, {"learning_rate": float(learning_rate(step - 1)), **more})
-                    bar.set_postfix(loss=line["loss"], skipped=line["skipped"] or None)
+                    shown = {"loss": line["loss"], "skipped": line["skipped"]}
+                    bar.set_postfix({name: value for name, value in shown.items() if value})
             if first and saving and step < steps and not fault:
                 with log.paused():
                     save(f"epoch{epoch}")
@@ -268,10 +277,8 @@ def run(options: Options) -> str | None:
                     bar.write(f"epoch {epoch}: loss {line['loss']}, {sample(f'epoch{epoch}')}")
 
     if fault or (stop and step < steps):
-        return f"{fault or f'stopped at step {step} of {steps}'}; {save('stopped', now=True)} written. Go on: {again()}"
-    final, grid = save("final", now=True), sample("final")
-    if first:
-        log.close()
+        return f"{fault or f'stopped at step {step} of {steps}'}; {end('stopped')} written. Go on: {again()}"
+    grid, final = sample("final"), end("final")
     print(f"{final} and {grid} written. Next: python test.py --checkpoint {final}")
 
 
@@ -333,14 +340,19 @@ def same_run(path: Path, saved: dict, now: dict) -> None:
         )
 
 
-def diagnosis(state, records, step: int) -> str:
+def diagnosis(config: Params, state, records, step: int) -> str:
     """What is known of steps that were skipped because they were not finite, and what to do about it."""
     import jax
     import numpy as np
 
     weights = jax.device_get(jax.tree.leaves(state.weights))
     largest = max(float(np.abs(leaf).max(initial=0)) for leaf in weights)
-    where, cure = "their gradient, while the loss was finite", "--compute float32 has more range than bfloat16"
+    where, cure = (
+        "their gradient, while the loss was finite",
+        "python -m pytest says whether a change broke the network",
+    )
+    if config.compute == "bfloat16":
+        cure = "--compute float32 rounds less"
     if records.forward:
         where, cure = "their loss already", "look for captions or pictures that are broken"
     return (
@@ -377,25 +389,23 @@ def describe(options: Options) -> None:
 
     key = jax.eval_shape(lambda: jax.random.key(0))
     state = jax.eval_shape(lambda key: training.initial(config, text_dim, key), key)
-    n = config.MAX_INDEX or 1900
-    data = jax.eval_shape(
-        lambda: dataloader.Data(
-            jnp.zeros((n, config.H, config.W, config.CHANNELS), jnp.uint8),
-            jnp.zeros((n, config.TEXT_LEN, text_dim)),
-            jnp.zeros((n, config.TEXT_LEN), bool),
-            jnp.zeros((config.TEXT_LEN, text_dim)),
-            jnp.zeros(config.TEXT_LEN, bool),
-            dataloader.one_each(n),
-        )
-    )
-    step = training.build_train_step(config, training.structure(config, text_dim))
+    held = config.B if config.stream else config.MAX_INDEX or 1900  # pictures
+
+    def source() -> dataloader.Data | dataloader.Picked:
+        images = jnp.zeros((held, config.H, config.W, config.CHANNELS), jnp.uint8)
+        emb, mask = jnp.zeros((held, config.TEXT_LEN, text_dim)), jnp.zeros((held, config.TEXT_LEN), bool)
+        picked = dataloader.Picked(images, emb, mask, emb[0], mask[0])
+        return picked if config.stream else dataloader.Data(*picked, dataloader.one_each(held))
+
+    data = jax.eval_shape(source)
+    step = training.build_train_step(config, training.structure(config, text_dim), steps=1)
     lowered = step.lower(state, data, training.Keys(*[key] * len(training.Keys._fields)))
     memory = lowered.compile().memory_analysis()
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.weights))
     print(f"{'parameters':18} {parameters / 1e6:.2f} M")
     print(f"{'FLOPs per step':18} {lowered.cost_analysis()['flops'] / 1e9:.1f} G ({config.B} pictures)")
-    held = memory.argument_size_in_bytes
-    print(f"{'memory per step':18} {(held + memory.temp_size_in_bytes) / 2**20:.0f} MiB ({held / 2**20:.0f} held)")
+    before = memory.argument_size_in_bytes
+    print(f"{'memory per step':18} {(before + memory.temp_size_in_bytes) / 2**20:.0f} MiB ({before / 2**20:.0f} held)")
 
 
 if __name__ == "__main__":

@@ -93,10 +93,9 @@ def learning_rate(config: Params, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, config.warmup), after], [config.warmup])
 
 
-def build_optimizer(config: Params, steps: int) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter 2019) behind a clipped gradient norm."""
-    rate = learning_rate(config, steps)
-    return optax.chain(optax.clip_by_global_norm(config.clip), optax.adamw(rate, weight_decay=config.weight_decay))
+def build_optimizer(config: Params) -> optax.GradientTransformation:
+    """AdamW (Loshchilov & Hutter 2019) at learning rate 1, behind a clipped gradient norm."""
+    return optax.chain(optax.clip_by_global_norm(config.clip), optax.adamw(1.0, weight_decay=config.weight_decay))
 
 
 def structure(config: Params, text_dim: int) -> nnx.GraphDef:
@@ -107,7 +106,7 @@ def structure(config: Params, text_dim: int) -> nnx.GraphDef:
 def initial(config: Params, text_dim: int, key: Key[Array, ""]) -> TrainState:
     """The state that training starts from: random weights, averages equal to them, an optimizer at rest."""
     weights = nnx.to_pure_dict(nnx.state(UNet(config, text_dim, nnx.Rngs(key))))
-    optimizer = build_optimizer(config, steps=1).init(weights)  # at rest it is the same for any number of steps
+    optimizer = build_optimizer(config).init(weights)
     ema = Averages(*(jax.tree.map(jnp.copy, weights) for _ in Averages._fields))  # own buffers: all are donated
     return TrainState(weights, ema, optimizer, jnp.zeros((), jnp.int32), no_records())
 
@@ -187,7 +186,7 @@ def build_train_step(
     """
     assert steps or config.decay == "constant"
     schedule = schedules.of(config)
-    optimizer = build_optimizer(config, steps)
+    optimizer, rate_at = build_optimizer(config), learning_rate(config, steps)
 
     def objective(weights: dict, part: tuple) -> tuple[Float[Array, ""], Float[Array, "b"]]:
         batch, noise, t, regularization = part
@@ -231,6 +230,7 @@ def build_train_step(
         loss, losses, gradient = descend(state.weights, batch, noise, t, key)
 
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.weights)
+        updates = optax.tree.scale(rate_at(state.step), updates)  # of the step: some may have been skipped
         weights = optax.apply_updates(state.weights, updates)
         grad_norm, records = optax.tree.norm(gradient), state.records
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)

@@ -58,7 +58,7 @@ def test_output_has_the_shape_of_the_picture_and_starts_at_zero(change):
     assert out.std() > 0.01
 
 
-def test_dropout_leaves_drawing_alone_and_training_unbiased():
+def test_dropout_changes_training_by_chance_and_leaves_drawing_alone():
     config = dataclasses.replace(TINY, dropout=0.5)
     model, batch = awake(config), inputs(config)
     plain = run(model, *batch)

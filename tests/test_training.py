@@ -90,8 +90,9 @@ def test_a_step_that_is_not_finite_changes_no_weight_and_is_counted(tiny, data, 
     assert (int(healed.records.skipped), float(healed.records.count.sum())) == (1, tiny.B)
 
 
-def test_the_first_step_is_what_optax_makes_of_the_gradient(tiny, data, compiled):
-    """The jitted step against its parts: the loss of equation 14, its gradient, AdamW's update, the average."""
+def test_the_first_step_is_what_optax_makes_of_the_gradient(tiny, data):
+    """The jitted step against its parts: the loss of equation 14, its gradient, AdamW's update."""
+    tiny = dataclasses.replace(tiny, warmup=0)  # at step 0 of a warm-up nothing moves
     state = fresh(tiny)
     rates = {"B": tiny.B, "embedding_dropout": tiny.embedding_dropout}
     batch = dataloader.sample_batch(data, KEYS.order, KEYS.dropout, state.step, **rates)
@@ -109,16 +110,15 @@ def test_the_first_step_is_what_optax_makes_of_the_gradient(tiny, data, compiled
     loss, gradient = jax.jit(jax.value_and_grad(objective))(state.weights)
     assert 0.8 < loss < 1.2  # the network starts as zero, the noise has unit variance
     clipped, _ = optax.clip_by_global_norm(tiny.clip).update(gradient, optax.EmptyState())
-    optimizer = optax.adamw(
-        lambda count: tiny.learning_rate * jnp.minimum(count / tiny.warmup, 1), weight_decay=tiny.weight_decay
-    )
+    optimizer = optax.adamw(tiny.learning_rate, weight_decay=tiny.weight_decay)
     optimizer_state = optimizer.init(state.weights)
     updates, optimizer_state = optimizer.update(clipped, optimizer_state, state.weights)
     weights = optax.apply_updates(state.weights, updates)
-    after, jitted_loss = compiled(state, data, KEYS)
+    after, jitted_loss = training.build_train_step(tiny, graphdef)(state, data, KEYS)
     np.testing.assert_allclose(jitted_loss, loss, rtol=1e-5)
     for new, expected in zip(jax.tree.leaves(after.weights), jax.tree.leaves(weights), strict=True):
-        np.testing.assert_allclose(new, expected, rtol=1e-4, atol=1e-6)
+        differ = abs(new - expected) > 1e-4 * tiny.learning_rate
+        assert differ.mean() < 0.01  # where the gradient is nothing but rounding, its sign is chance
 
 
 @pytest.mark.parametrize("length", [0.05, 0.1, 0.25])
