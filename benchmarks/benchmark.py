@@ -1,7 +1,8 @@
 """How fast a preset trains, beside what this machine could do: `python benchmarks/benchmark.py [PRESET]`.
 
-In one run: the float32 matrix-product rate (the ceiling), the training step and its share of that ceiling, the data
-path alone and its share of the step, drawing one guided picture and as many bare evaluations of the network. Rounds of
+In one run: the float32 matrix-product rate (the ceiling), the training step and its share of that ceiling, beside it a
+bare step (gradient and AdamW: no averages, no records, no guard against what is not finite), the data path alone and
+its share of the step, drawing one guided picture and as many bare evaluations of the network. Rounds of
 all of them alternate and medians are reported, so that a machine whose speed drifts bends no ratio. FLOPs are those of
 the forward pass as XLA counts them, times three for a training step. Then whole processes: `train.py --help`, and where
 there is a checkpoint in models_vA0/final, `test.py` with no program compiled yet and with all of them on disk.
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -21,12 +23,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import jax
 import jax.numpy as jnp
 import made_up
+import optax
+from flax import nnx
 
 import dataloader
 import device
+import schedule as schedules
 import training
 from model import network
-from params import PRESETS
+from params import PRESETS, Params
 from pipeline import STEPS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,6 +62,28 @@ def processes() -> dict[str, float]:
             result["test_cold_seconds"] = process(*draw, **own)
             result["test_warm_seconds"] = statistics.median(process(*draw, **own) for _ in range(3))
     return result
+
+
+def bare_step(config: Params, graphdef: nnx.GraphDef) -> Callable:
+    """What is left of the training step without averages, records and guard."""
+    schedule, optimizer = schedules.of(config), training.build_optimizer(config)
+
+    def step(state: tuple, data: dataloader.Data, keys: training.Keys) -> tuple[tuple, jax.Array]:
+        weights, optimizer_state, number = state
+        batch = dataloader.batch_of(data, keys.order, keys.dropout, number, config)
+        t_key, noise_key = jax.random.split(jax.random.fold_in(keys.noise, number))
+        t, noise = training.random_steps(t_key, config), jax.random.normal(noise_key, batch.image.shape)
+
+        def objective(weights: dict) -> jax.Array:
+            model = network(config, graphdef, weights)
+            return training.loss_at(model, batch, noise, t, schedule, config.prediction).mean()
+
+        loss, gradient = jax.value_and_grad(objective)(weights)
+        updates, optimizer_state = optimizer.update(gradient, optimizer_state, weights)
+        weights = optax.apply_updates(weights, optax.tree.scale(config.learning_rate, updates))
+        return (weights, optimizer_state, number + 1), loss
+
+    return jax.jit(step, donate_argnums=0)
 
 
 def main() -> None:
@@ -108,7 +135,11 @@ def main() -> None:
     ):
         seconds(function, *args)
 
-    times = {part: [] for part in ("product", "step", "forward", "batch", "draw", "evaluations")}
+    bare = bare_step(config, graphdef)
+    other = training.init(config, made_up.TEXT_DIM, jax.random.key(0))
+    bare_state, _ = bare((other.weights, other.optimizer, other.step), data, keys)
+
+    times = {part: [] for part in ("product", "step", "bare", "forward", "batch", "draw", "evaluations")}
     for number in range(ROUNDS):
         times["product"].append(seconds(product, matrix, matrix))
         for _ in range(5):
@@ -116,6 +147,10 @@ def main() -> None:
             state, loss = step(state, data, keys)
             loss.block_until_ready()
             times["step"].append(time.perf_counter() - start)
+            start = time.perf_counter()
+            bare_state, loss = bare(bare_state, data, keys)
+            loss.block_until_ready()
+            times["bare"].append(time.perf_counter() - start)
         times["forward"].append(seconds(forward, state.weights, *inputs))
         times["batch"].append(seconds(batch, data, keys, jnp.int32(number)))
         times["draw"].append(seconds(draw_one))
@@ -133,6 +168,7 @@ def main() -> None:
         "images_per_second": config.B / median["step"],
         "step_gflops": 3 * flops / median["step"] / 1e9,
         "step_share_of_ceiling": 3 * flops / median["step"] / ceiling,
+        "step_over_bare_step": statistics.median(a / b for a, b in zip(times["step"], times["bare"], strict=True)),
         "forward_share_of_ceiling": flops / median["forward"] / ceiling,
         "data_share_of_step": median["batch"] / median["step"],
         "draw_guided_seconds": median["draw"],
