@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 from PIL import Image, ImageOps
 
 from cache import cached
@@ -267,6 +266,8 @@ def _wanted(root: Path, vendor: str) -> list[str]:
 
 def _rows(root: Path) -> list[Row]:
     """Each row that is not wholly empty, with what is wrong with it if anything is."""
+    import pandas as pd  # a quarter of a second, which drawing does not need
+
     path = root / CSV
     if not path.is_file():
         what = f"{root} has no {CSV}" if root.is_dir() else f"there is no folder {root}"
