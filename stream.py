@@ -68,14 +68,14 @@ def encoded(encoder: TextEncoder, texts: list[str], length: int) -> np.ndarray:
     kept = max(dataloader.enough(encoder.tokenize(texts[part], length)[1]) for part in parts)
     kind = np.dtype([("emb", np.float32, (kept, encoder.dim)), ("mask", bool, (kept,))])
     try:
-        with replacing(file) as beside:
-            with beside.open("wb") as room:  # a mapped file that grows on a full disk would end the process
-                os.posix_fallocate(room.fileno(), 0, len(texts) * kind.itemsize)
-            rows = np.lib.format.open_memmap(beside, mode="w+", dtype=kind, shape=(len(texts),))
+        with replacing(file) as beside, beside.open("wb") as stream:  # not mapped: a full disk would end the process
+            header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": (len(texts),)}
+            np.lib.format.write_array_header_2_0(stream, header)
             for part in parts:
                 text_emb, text_mask = encoder(texts[part], length)
-                rows["emb"][part], rows["mask"][part] = text_emb[:, :kept], text_mask[:, :kept]
-            rows.flush()
+                rows = np.empty(len(text_emb), kind)
+                rows["emb"], rows["mask"] = text_emb[:, :kept], text_mask[:, :kept]
+                stream.write(rows.tobytes())
         return np.load(file, mmap_mode="r")
     except OSError as error:
         size = len(texts) * kind.itemsize / 2**20

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import resource
 import sys
 
 import jax
@@ -132,6 +133,18 @@ def test_no_room_for_the_captions_is_said(config, tmp_path, monkeypatch):
     monkeypatch.setattr(packages, "CACHE", tmp_path / "file")
     with pytest.raises(dataset.DatasetError, match=r"captions cannot hold the 0 MiB .*or train without --stream"):
         stream.encoded(Letters(), [""], 60)
+
+
+def test_a_disk_that_fills_up_is_said_and_nothing_is_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(packages, "CACHE", tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(dataset.DatasetError, match=r"captions cannot hold the 0 MiB .*File too large.*make room"):
+            stream.encoded(Letters(), ["", "a", "b"], 60)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_a_picture_that_breaks_on_the_way_is_named(config, root):
