@@ -106,7 +106,6 @@ def train(options: Options, number: int, run: tuple[str, Params], cores: list[in
 
 def pace(runs: dict[str, Params]) -> dict[str, float]:
     """Pictures per second of each network on this process's cores: one step of each in turn, medians."""
-    import jax
     import made_up
 
     import training
@@ -114,20 +113,20 @@ def pace(runs: dict[str, Params]) -> dict[str, float]:
     steps = {}
     for config in {(config.PATCH, config.BASE_DIM): config for config in runs.values()}.values():
         data = made_up.data(config, PICTURES)
-        keys = training.Keys(*jax.random.split(jax.random.key(0), len(training.Keys._fields)))
-        state = training.init(config, made_up.TEXT_DIM, jax.random.key(0))
+        init_key, keys = training.streams(0)
+        state = training.init(config, made_up.TEXT_DIM, init_key)
         step = training.build_train_step(config, training.structure(config, made_up.TEXT_DIM))
         steps[config.PATCH, config.BASE_DIM] = [step, state, data, keys]
+    B = PRESETS["cpu"].B
     times = {size: [] for size in steps}
     for _ in range(12):
         for size, (step, state, data, keys) in steps.items():
             start = time.perf_counter()
             state, loss = step(state, data, keys)
             loss.block_until_ready()
-            jax.block_until_ready(state.weights)
             times[size].append(time.perf_counter() - start)
             steps[size][1] = state
-    return {str(size): round(8 / statistics.median(taken[2:]), 1) for size, taken in times.items()}
+    return {str(size): round(B / statistics.median(taken[2:]), 1) for size, taken in times.items()}
 
 
 def measure(run: Path) -> dict:
@@ -158,16 +157,15 @@ def measure(run: Path) -> dict:
     own = np.linspace(0, len(known), DRAWN, endpoint=False).astype(int)
     prompts = [pictures.names[known[row]] for row in own]
     drawn = pipeline.generate_arrays(prompts, Sampling(c=2.0), seeds=range(DRAWN))
-    flat = [np.asarray(images, np.float32).reshape(len(images), -1) for images in (drawn, pictures.images[known])]
-    distance = metrics.distances(*flat)
+    distance = metrics.distances(drawn, pictures.images[known])
     rank = metrics.ranks(distance, own)
     with (run / "metrics.jsonl").open() as lines:
         last = json.loads(lines.readlines()[-1])
     found = {
         "pictures": last["images"],
         "log_error": error.tolist(),
-        "top1": float((rank < 1).mean()),
-        "top5": float((rank < 5).mean()),
+        "top1": metrics.top(rank, 1),
+        "top5": metrics.top(rank, 5),
         "median_rank": float(np.median(rank) + 1),
         "own_distance": float(distance[np.arange(DRAWN), own].mean()),
     }
