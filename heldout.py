@@ -90,12 +90,13 @@ def build_watch(
         return lambda weights: {}
     rows = np.linspace(0, len(unseen.names), n, endpoint=False).astype(int)
     shape = (config.H, config.W, config.CHANNELS)
-    images = unseen.images[rows] if unseen.images is not None else [decoded(unseen.files[row], shape) for row in rows]
+    held = unseen.images is not None
+    images = unseen.images[rows] if held else np.stack([decoded(unseen.files[row], shape) for row in rows])
     text = dataloader.encode(encoder, [unseen.names[row] for row in rows], config.TEXT_LEN)
     losses = build_losses(config, graphdef)
 
     def watch(weights: dict) -> dict[str, float | list]:
-        each = loss_per_level(losses, weights, np.stack(images), *text, T=config.T)
+        each = loss_per_level(losses, weights, images, *text, T=config.T)
         levels = [None if np.isnan(loss) else float(loss) for loss in each.mean(axis=0)]
         return {"heldout_loss": float(per_picture(each, config.T).mean()), "heldout_loss_per_level": levels}
 
