@@ -16,7 +16,6 @@ import time
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import UInt8
 from tqdm import tqdm
@@ -120,8 +119,7 @@ def self_test(config: Params, pictures: Pictures, encoder: TextEncoder, *, secon
     B = -(-n // size) * size  # on many devices some pictures come twice
     plain = {"accumulate": 1, "augmentation": 0.0, "dropout": 0.0, "caption_variants": 0.0, "decay": "constant"}
     config = dataclasses.replace(config, B=B, warmup=min(config.warmup, WARMUP), **plain)
-    init_key, *streams = jax.random.split(jax.random.key(config.seed), 1 + len(training.Keys._fields))
-    keys = training.Keys(*streams)
+    init_key, keys = training.streams(config.seed)
     data = dataloader.load(pictures, encoder, config)
     graphdef = training.structure(config, encoder.dim)
     state = training.init(config, encoder.dim, init_key)

@@ -168,8 +168,7 @@ def run(options: Options) -> str | None:
     print(f"{len(captions)} pictures of {config.vendor} to train on, {len(unseen.names)} held out")
 
     # State: network, optimizer, averaged weights; new, or as the newest checkpoint left them.
-    init_key, *streams = jax.random.split(jax.random.key(config.seed), 1 + len(training.Keys._fields))
-    keys = training.Keys(*streams)
+    init_key, keys = training.streams(config.seed)
     graphdef = training.structure(config, encoder.dim)
     state = training.init(config, encoder.dim, init_key)
     about = {

@@ -38,6 +38,12 @@ class Keys(NamedTuple):
     regularization: Key[Array, ""]  # augmentation, and dropout in the network
 
 
+def streams(seed: int) -> tuple[Key[Array, ""], Keys]:
+    """The key of a run's initial weights, and its random streams."""
+    init_key, *keys = jax.random.split(jax.random.key(seed), 1 + len(Keys._fields))
+    return init_key, Keys(*keys)
+
+
 class Records(NamedTuple):
     """Sums since the records were last read."""
 

@@ -94,7 +94,7 @@ def main() -> None:
     if name not in PRESETS:
         sys.exit(f"no preset {name!r} (presets: {', '.join(PRESETS)})")
     config = PRESETS[name]
-    keys = training.Keys(*jax.random.split(jax.random.key(0), len(training.Keys._fields)))
+    _, keys = training.streams(0)
     pictures = config.MAX_INDEX or 1824
     data = made_up.data(config, pictures)
     graphdef = training.structure(config, made_up.TEXT_DIM)

@@ -110,7 +110,7 @@ def ours(config, *, pictures: int, steps: int) -> tuple[dict[str, Trial], dict]:
     from model import network
 
     data = made_up.data(config, IMAGES)
-    keys = training.Keys(*jax.random.split(jax.random.key(0), len(training.Keys._fields)))
+    _, keys = training.streams(0)
     graphdef = training.structure(config, TEXT_DIM)
     state = training.init(config, TEXT_DIM, jax.random.key(0))
     train_step = training.build_train_step(config, graphdef)
