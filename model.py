@@ -24,6 +24,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from augmentation import LABELS
+from norm import GroupNorm, silu
 from params import Params
 
 
@@ -53,10 +54,6 @@ def conv(channels: int, out: int, rngs: nnx.Rngs, *, size: int = 3, strides: int
     return nnx.Conv(channels, out, (size, size), strides=strides, kernel_init=init, rngs=rngs)
 
 
-def group_norm(channels: int, rngs: nnx.Rngs) -> nnx.GroupNorm:
-    return nnx.GroupNorm(channels, num_groups=math.gcd(32, channels), rngs=rngs)
-
-
 class TimestampNet(nnx.Module):
     """The step t as a vector: sinusoidal embedding, then an MLP."""
 
@@ -74,10 +71,10 @@ class ResBlock(nnx.Module):
     """Two convolutions and a residual; the condition scales and shifts the second group norm."""
 
     def __init__(self, channels: int, out: int, config: Params, rngs: nnx.Rngs):
-        self.norm1 = group_norm(channels, rngs)
+        self.norm1 = GroupNorm(channels)
         self.conv1 = conv(channels, out, rngs)
         self.modulation = nnx.Linear(config.T_out, 2 * out, rngs=rngs)
-        self.norm2 = group_norm(out, rngs)
+        self.norm2 = GroupNorm(out)
         self.dropout = nnx.Dropout(config.dropout)
         self.conv2 = conv(out, out, rngs, zero=True)
         self.skip = conv(channels, out, rngs, size=1) if channels != out else None
@@ -86,8 +83,9 @@ class ResBlock(nnx.Module):
         self, x: Float[Array, "b h w c"], condition: Float[Array, "b d"], chance: nnx.Rngs | None
     ) -> Float[Array, "b h w out"]:
         scale, shift = jnp.split(self.modulation(condition)[:, None, None, :], 2, axis=-1)
-        h = self.conv1(nnx.silu(self.norm1(x)))
-        h = nnx.silu(self.norm2(h) * (1 + scale) + shift)
+        h = self.conv1(silu(x, *self.norm1.affine(x)))
+        factor, offset = self.norm2.affine(h)
+        h = silu(h, factor * (1 + scale), offset * (1 + scale) + shift)
         h = self.conv2(self.dropout(h, deterministic=chance is None, rngs=chance))
         return h + (x if self.skip is None else self.skip(x))
 
@@ -97,7 +95,7 @@ class Attention(nnx.Module):
 
     def __init__(self, channels: int, head_dim: int, rngs: nnx.Rngs, *, context: int | None = None):
         self.head_dim = head_dim
-        self.norm = group_norm(channels, rngs)
+        self.norm = GroupNorm(channels)
         self.query = nnx.Linear(channels, channels, rngs=rngs)
         self.key_value = nnx.Linear(context or channels, 2 * channels, rngs=rngs)
         self.out = nnx.Linear(channels, channels, kernel_init=nnx.initializers.zeros, rngs=rngs)
@@ -185,7 +183,7 @@ class UNet(nnx.Module):
             if level > 0:
                 self.double.append(conv(dim, dim, rngs))
 
-        self.exit_norm = group_norm(channels, rngs)
+        self.exit_norm = GroupNorm(channels)
         self.exit = conv(channels, pixels, rngs, zero=True)
 
     def __call__(
@@ -225,7 +223,7 @@ class UNet(nnx.Module):
             if level < len(self.double):
                 x = self.double[level](x.repeat(2, axis=1).repeat(2, axis=2))
 
-        return unpatchify(self.exit(nnx.silu(self.exit_norm(x))), self.patch)
+        return unpatchify(self.exit(silu(x, *self.exit_norm.affine(x))), self.patch)
 
 
 def network(config: Params, graphdef: nnx.GraphDef, weights: dict) -> Callable[..., Float[Array, "b h w c"]]:

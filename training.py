@@ -26,6 +26,7 @@ from model import UNet, network
 from params import Params
 
 EMA_EVERY = 8  # steps; an average over thousands does not notice, and entering each would make steps 7 % longer
+BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # of AdamW
 LEVELS = 10  # equal stretches of 1 … T over which the loss is recorded, the image side first
 
 
@@ -63,10 +64,18 @@ class Averages(NamedTuple):
     long: dict
 
 
+class Moments(NamedTuple):
+    """What AdamW remembers: moving averages of the gradient and of its square, and how many entered them."""
+
+    mean: dict
+    square: dict
+    count: Int[Array, ""]
+
+
 class TrainState(NamedTuple):
     weights: dict
     ema: Averages
-    optimizer: Any
+    optimizer: Moments
     step: Int[Array, ""]
     records: Records
 
@@ -99,9 +108,21 @@ def learning_rate(config: Params, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, config.warmup), after], [config.warmup])
 
 
-def build_optimizer(config: Params) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter 2019) at learning rate 1, behind a clipped gradient norm."""
-    return optax.chain(optax.clip_by_global_norm(config.clip), optax.adamw(1.0, weight_decay=config.weight_decay))
+def moments_after(moments: Moments, gradient: dict) -> Moments:
+    """The moments with one gradient more (Kingma & Ba 2015, Algorithm 1)."""
+    mean = jax.tree.map(lambda old, new: BETA1 * old + (1 - BETA1) * new, moments.mean, gradient)
+    square = jax.tree.map(lambda old, new: BETA2 * old + (1 - BETA2) * new**2, moments.square, gradient)
+    return Moments(mean, square, moments.count + 1)
+
+
+def adamw(weights: dict, moments: Moments, rate: Float[Array, ""], weight_decay: float) -> dict:
+    """The weights after a step of AdamW (Loshchilov & Hutter 2019, Algorithm 2)."""
+    unbias1, unbias2 = 1 / (1 - BETA1**moments.count), 1 / (1 - BETA2**moments.count)
+
+    def moved(weight: Array, mean: Array, square: Array) -> Array:
+        return weight - rate * (unbias1 * mean / (jnp.sqrt(unbias2 * square) + EPSILON) + weight_decay * weight)
+
+    return jax.tree.map(moved, weights, moments.mean, moments.square)
 
 
 def structure(config: Params, text_dim: int) -> nnx.GraphDef:
@@ -112,9 +133,9 @@ def structure(config: Params, text_dim: int) -> nnx.GraphDef:
 def initial(config: Params, text_dim: int, key: Key[Array, ""]) -> TrainState:
     """The state that training starts from: random weights, averages equal to them, an optimizer at rest."""
     weights = nnx.to_pure_dict(nnx.state(UNet(config, text_dim, nnx.Rngs(key))))
-    optimizer = build_optimizer(config).init(weights)
     ema = Averages(*(jax.tree.map(jnp.copy, weights) for _ in Averages._fields))  # own buffers: all are donated
-    return TrainState(weights, ema, optimizer, jnp.zeros((), jnp.int32), no_records())
+    rest = Moments(*(jax.tree.map(jnp.zeros_like, weights) for _ in range(2)), jnp.zeros((), jnp.int32))
+    return TrainState(weights, ema, rest, jnp.zeros((), jnp.int32), no_records())
 
 
 def init(config: Params, text_dim: int, key: Key[Array, ""]) -> TrainState:
@@ -191,8 +212,7 @@ def build_train_step(
     steps: of the whole run; a decaying learning rate needs to know.
     """
     assert steps or config.decay == "constant"
-    schedule = schedules.of(config)
-    optimizer, rate_at = build_optimizer(config), learning_rate(config, steps)
+    schedule, rate_at = schedules.of(config), learning_rate(config, steps)
 
     def objective(weights: dict, part: tuple) -> tuple[Float[Array, ""], Float[Array, "b"]]:
         batch, noise, t, regularization = part
@@ -235,11 +255,17 @@ def build_train_step(
         key = jax.random.fold_in(keys.regularization, state.step)
         loss, losses, gradient = descend(state.weights, batch, noise, t, key)
 
-        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.weights)
-        updates = optax.tree.scale(rate_at(state.step), updates)  # of the step: some may have been skipped
-        weights = optax.apply_updates(state.weights, updates)
         grad_norm, records = optax.tree.norm(gradient), state.records
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+
+        def kept(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+
+        clipped = optax.tree.scale(config.clip / jnp.maximum(grad_norm, config.clip), gradient)
+        moments = kept(moments_after(state.optimizer, clipped), state.optimizer)
+        moments = jax.lax.optimization_barrier(moments)  # or XLA works them out again for the weights, from copies
+        rate = rate_at(state.step)  # of the step, not the count: some may have been skipped
+        weights = kept(adamw(state.weights, moments, rate, config.weight_decay), state.weights)
         level = (t - 1) * LEVELS // config.T
         good = records._replace(
             loss=records.loss.at[level].add(losses),
@@ -253,11 +279,8 @@ def build_train_step(
             streak=records.streak + 1,
             longest=jnp.maximum(records.longest, records.streak + 1),
         )
-        moved, stayed = (weights, optimizer_state, good), (state.weights, state.optimizer, bad)
-        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, stayed)
-        weights, optimizer_state, records = kept
         number, rest = jnp.divmod(state.step, EMA_EVERY)
         ema = jax.lax.cond(rest == 0, lambda: averages(state.ema, weights, number, config), lambda: state.ema)
-        return TrainState(weights, ema, optimizer_state, state.step + 1, records), loss
+        return TrainState(weights, ema, moments, state.step + 1, kept(good, bad)), loss
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=parallel.whole())

@@ -66,7 +66,9 @@ def processes() -> dict[str, float]:
 
 def bare_step(config: Params, graphdef: nnx.GraphDef) -> Callable:
     """What is left of the training step without averages, records and guard."""
-    schedule, optimizer = schedules.of(config), training.build_optimizer(config)
+    schedule = schedules.of(config)
+    adamw = optax.adamw(config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = optax.chain(optax.clip_by_global_norm(config.clip), adamw)
 
     def step(state: tuple, data: dataloader.Data, keys: training.Keys) -> tuple[tuple, jax.Array]:
         weights, optimizer_state, number = state
@@ -80,7 +82,7 @@ def bare_step(config: Params, graphdef: nnx.GraphDef) -> Callable:
 
         loss, gradient = jax.value_and_grad(objective)(weights)
         updates, optimizer_state = optimizer.update(gradient, optimizer_state, weights)
-        weights = optax.apply_updates(weights, optax.tree.scale(config.learning_rate, updates))
+        weights = optax.apply_updates(weights, updates)
         return (weights, optimizer_state, number + 1), loss
 
     return jax.jit(step, donate_argnums=0)

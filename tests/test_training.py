@@ -99,15 +99,15 @@ def test_the_first_step_is_what_optax_makes_of_the_gradient(tiny, data):
     graphdef = training.structure(tiny, TEXT_DIM)
     schedule = schedules.cosine(tiny.T)
 
-    def objective(weights):
+    def objective(weights, batch, noise_key):
         model = training.nnx.merge(graphdef, training.nnx.State(weights))
-        t_key, eps_key = jax.random.split(jax.random.fold_in(KEYS.noise, 0))
+        t_key, eps_key = jax.random.split(jax.random.fold_in(noise_key, 0))
         t = jax.random.randint(t_key, (tiny.B,), 1, tiny.T + 1)
         noise = jax.random.normal(eps_key, batch.image.shape)
         mixed = schedule.alpha[t][:, None, None, None] * batch.image + schedule.sigma[t][:, None, None, None] * noise
         return jnp.mean((model(mixed, t, batch.text_emb, batch.text_mask) - noise) ** 2)
 
-    loss, gradient = jax.jit(jax.value_and_grad(objective))(state.weights)
+    loss, gradient = jax.jit(jax.value_and_grad(objective))(state.weights, batch, KEYS.noise)
     assert 0.8 < loss < 1.2  # the network starts as zero, the noise has unit variance
     clipped, _ = optax.clip_by_global_norm(tiny.clip).update(gradient, optax.EmptyState())
     optimizer = optax.adamw(tiny.learning_rate, weight_decay=tiny.weight_decay)
@@ -119,6 +119,23 @@ def test_the_first_step_is_what_optax_makes_of_the_gradient(tiny, data):
     for new, expected in zip(jax.tree.leaves(after.weights), jax.tree.leaves(weights), strict=True):
         differ = abs(new - expected) > 1e-4 * tiny.learning_rate
         assert differ.mean() < 0.01  # where the gradient is nothing but rounding, its sign is chance
+
+
+def test_adamw_is_that_of_optax():
+    draw = np.random.default_rng(0).normal
+    weights = {"a": jnp.asarray(draw(size=(3, 4)), jnp.float32), "b": jnp.asarray(draw(size=5), jnp.float32)}
+    optimizer = optax.adamw(0.03, weight_decay=0.1)
+    state, expected = optimizer.init(weights), weights
+    nothing = jax.tree.map(jnp.zeros_like, weights)
+    moments = training.Moments(nothing, nothing, jnp.int32(0))
+    for _ in range(20):
+        gradient = jax.tree.map(lambda leaf: jnp.asarray(draw(size=leaf.shape), jnp.float32), weights)
+        updates, state = optimizer.update(gradient, state, expected)
+        expected = optax.apply_updates(expected, updates)
+        moments = training.moments_after(moments, gradient)
+        weights = training.adamw(weights, moments, jnp.float32(0.03), 0.1)
+    for found, wanted in zip(*map(jax.tree.leaves, (weights, expected)), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("length", [0.05, 0.1, 0.25])
@@ -228,7 +245,7 @@ def test_accumulation_equals_the_large_batch(tiny, data):
     for parts in (1, 3):
         step = training.build_train_step(dataclasses.replace(config, accumulate=parts), graphdef)
         state, loss = step(fresh(config), data, KEYS)
-        after.append((loss, state.optimizer[1][0].mu, state.records))
+        after.append((loss, state.optimizer.mean, state.records))
     for one, other in zip(*map(jax.tree.leaves, after), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
