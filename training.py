@@ -261,3 +261,19 @@ def build_train_step(
         return TrainState(weights, ema, optimizer_state, state.step + 1, records), loss
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=parallel.whole())
+
+
+def several(train_step: Callable, n: int) -> Callable[[TrainState, Data, Keys], tuple[TrainState, Float[Array, ""]]]:
+    """n of these steps as one program, between which a device need not wait for the host; the loss is the last one's.
+
+    Not for a CPU, where XLA runs convolutions inside a loop many times slower, nor for a source that the host picks for
+    each step.
+    """
+    if n == 1:
+        return train_step
+
+    def train_steps(state: TrainState, source: Data, keys: Keys) -> tuple[TrainState, Float[Array, ""]]:
+        state, losses = jax.lax.scan(lambda state, _: train_step(state, source, keys), state, length=n)
+        return state, losses[-1]
+
+    return jax.jit(train_steps, donate_argnums=0, out_shardings=parallel.whole())
