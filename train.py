@@ -226,6 +226,7 @@ def run(options: Options) -> str | None:
     most = TOGETHER if device.on_accelerator() and not config.stream else 1
     programs = {n: training.several(train_step, n).lower(state, batch, keys).compile() for n in {1, most}}
     learning_rate = training.learning_rate(config, steps)
+    rate_before = jax.jit(lambda step: learning_rate(step - 1))  # of the step that led here, on the device
     heldout_loss = heldout.build_watch(config, graphdef, unseen, encoder)
     signals = stop_signal()
     in_flight = deque()  # at most two programs are queued, so that the clock is honest and Ctrl-C answers at once
@@ -260,13 +261,13 @@ def run(options: Options) -> str | None:
             epoch, sampling, saving, reading = due(step, config, concepts)
             stop, out_of_time = enough(meet=reading)
             if reading or stop or out_of_time:
-                records = jax.device_get(state.records)
+                records, rate = jax.device_get((state.records, rate_before(state.step)))
                 state = state._replace(records=parallel.replicated(training.no_records(int(records.streak))))
                 fault = diagnosis(config, state, records, step) if records.longest >= HOPELESS else ""
                 if first:
                     with log.paused():
                         more = heldout_loss(parallel.local(state.ema.short)) if sampling else {}
-                    line = log.write(step, records, {"learning_rate": float(learning_rate(step - 1)), **more})
+                    line = log.write(step, records, {"learning_rate": rate, **more})
                     shown = {"loss": line["loss"], "skipped": line["skipped"]}
                     bar.set_postfix({name: value for name, value in shown.items() if value})
             if first and saving and step < steps and not fault:

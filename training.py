@@ -83,9 +83,9 @@ def resumed(state: TrainState, saved: dict) -> TrainState:
 
 
 def no_records(streak: int = 0) -> Records:
-    """Empty records; a streak that is not over goes on."""
-    counts = (jnp.array(count, jnp.int32) for count in (0, 0, streak, streak))
-    return Records(jnp.zeros(LEVELS), jnp.zeros(LEVELS), jnp.zeros(()), *counts)
+    """Empty records, on the host; a streak that is not over goes on."""
+    sums = np.zeros(LEVELS, np.float32), np.zeros(LEVELS, np.float32), np.float32(0)
+    return Records(*sums, *map(np.int32, (0, 0, streak, streak)))
 
 
 def learning_rate(config: Params, steps: int) -> optax.Schedule:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from tqdm import tqdm
 
 import checkpoint
 import dataloader
@@ -195,6 +197,74 @@ def test_an_accelerator_takes_steps_together_and_the_run_is_the_same(call, tiny,
     resumed, undisturbed = (weights(path, tiny) for path in ("resumed/final", "undisturbed"))
     for a, b in zip(jax.tree.leaves(resumed), jax.tree.leaves(undisturbed), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture
+def sealed(monkeypatch):
+    """A context in which nothing passes between host and device but by jax.device_put and jax.device_get.
+
+    The arrays of a CPU lie on the host, so that JAX's guard lets them be read; here they refuse as a GPU's would, but
+    for np.asarray, which takes their memory without asking.
+    """
+    Array, fetch = type(jnp.zeros(())), jax.device_get
+
+    def refusing(convert):
+        def conversion(self, *args, **options):
+            assert jax.config.jax_transfer_guard_device_to_host != "disallow", "read by something else than device_get"
+            return convert(self, *args, **options)
+
+        return conversion
+
+    reading = ("__array__", "__bool__", "__float__", "__format__", "__index__", "__int__", "__repr__", "item", "tolist")
+    for name in reading:
+        monkeypatch.setattr(Array, name, refusing(getattr(Array, name)))
+
+    def device_get(tree):
+        with jax.transfer_guard_device_to_host("allow"):
+            return fetch(tree)
+
+    monkeypatch.setattr(jax, "device_get", device_get)
+
+    @contextmanager
+    def seal():
+        with jax.transfer_guard("disallow"), jax.transfer_guard_device_to_host("disallow"):
+            yield
+
+    return seal
+
+
+def test_the_seal_lets_nothing_through_but_what_says_that_it_is_a_transfer(sealed):
+    double, x = jax.jit(lambda x: 2 * x), jnp.ones(())
+    with sealed():
+        for read in (float, int, bool, repr, "{:.2f}".format, lambda x: x.item(), lambda x: x.tolist()):
+            with pytest.raises(AssertionError, match="device_get"):
+                read(x)
+        for write in (double, jnp.asarray, jnp.float32, lambda one: x + one):
+            with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device"):
+                write(1.0)
+        assert jax.device_get(double(jax.device_put(np.float32(3)))) == 6
+
+
+@pytest.mark.parametrize("together", [1, 4])
+def test_the_training_loop_makes_no_transfer_that_it_does_not_name(call, tiny, sealed, monkeypatch, together):
+    class Bar(tqdm):
+        """The bar around the loop."""
+
+        def __enter__(self):
+            self.seal = sealed()
+            self.seal.__enter__()
+            return super().__enter__()
+
+        def __exit__(self, *error):
+            self.seal.__exit__(*error)
+            return super().__exit__(*error)
+
+    monkeypatch.setattr("tqdm.tqdm", Bar)
+    monkeypatch.setattr(train.device, "on_accelerator", lambda: True)
+    monkeypatch.setattr(train, "TOGETHER", together)
+    config = dataclasses.replace(tiny, log_every=4, epochs=6, sample_every=1000, save_every=4)
+    assert "models_vA0/final and" in call(train, *flags(config))
+    assert [line["step"] for line in metrics()] == [4, 8, 11, 12, 16]
 
 
 @pytest.mark.slow
