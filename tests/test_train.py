@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -197,40 +196,6 @@ def test_an_accelerator_takes_steps_together_and_the_run_is_the_same(call, tiny,
     resumed, undisturbed = (weights(path, tiny) for path in ("resumed/final", "undisturbed"))
     for a, b in zip(jax.tree.leaves(resumed), jax.tree.leaves(undisturbed), strict=True):
         np.testing.assert_array_equal(a, b)
-
-
-@pytest.fixture
-def sealed(monkeypatch):
-    """A context in which nothing passes between host and device but by jax.device_put and jax.device_get.
-
-    The arrays of a CPU lie on the host, so that JAX's guard lets them be read; here they refuse as a GPU's would, but
-    for np.asarray, which takes their memory without asking.
-    """
-    Array, fetch = type(jnp.zeros(())), jax.device_get
-
-    def refusing(convert):
-        def conversion(self, *args, **options):
-            assert jax.config.jax_transfer_guard_device_to_host != "disallow", "read by something else than device_get"
-            return convert(self, *args, **options)
-
-        return conversion
-
-    reading = ("__array__", "__bool__", "__float__", "__format__", "__index__", "__int__", "__repr__", "item", "tolist")
-    for name in reading:
-        monkeypatch.setattr(Array, name, refusing(getattr(Array, name)))
-
-    def device_get(tree):
-        with jax.transfer_guard_device_to_host("allow"):
-            return fetch(tree)
-
-    monkeypatch.setattr(jax, "device_get", device_get)
-
-    @contextmanager
-    def seal():
-        with jax.transfer_guard("disallow"), jax.transfer_guard_device_to_host("disallow"):
-            yield
-
-    return seal
 
 
 def test_the_seal_lets_nothing_through_but_what_says_that_it_is_a_transfer(sealed):
