@@ -91,13 +91,13 @@ class Saver:
 def _copied(items: dict[str, dict]) -> dict[str, dict]:
     """Arrays of their own on the host: a training step gives the memory of its state away."""
 
-    def copied(leaf):
+    def local(leaf):
         if isinstance(leaf, jax.Array):
             assert leaf.is_fully_replicated, "every device must hold all of an array that is saved"
-            leaf = leaf.addressable_data(0)
-        return np.array(leaf)
+            return leaf.addressable_data(0)
+        return leaf
 
-    return jax.tree.map(copied, items)
+    return jax.tree.map(np.array, jax.device_get(jax.tree.map(local, items)))  # all of them on the way at once
 
 
 def _write(path: Path, items: dict[str, dict], about: dict) -> None:

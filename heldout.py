@@ -77,7 +77,8 @@ def loss_per_level(
         rows = np.resize(asked[start : start + BATCH], BATCH)
         pictures = rows // LEVELS
         t = steps.ravel()[rows]
-        found[rows] = losses(weights, images[pictures], text_emb[pictures], text_mask[pictures], t, rows)
+        batch = jax.device_put((images[pictures], text_emb[pictures], text_mask[pictures], t, rows))
+        found[rows] = jax.device_get(losses(weights, *batch))
     return found.reshape(n, LEVELS)
 
 

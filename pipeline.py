@@ -266,7 +266,8 @@ class DiffusionPipeline:
         for seed in seeds:
             if not (isinstance(seed, int | np.integer) and 0 <= seed < 2**31):
                 raise ValueError(f"seed = {seed}: allowed are whole numbers from 0 to {2**31 - 1}")
-        return np.array([noise_of(np.int32(seed), self.shape) for seed in seeds]).reshape(len(seeds), *self.shape)
+        drawn = [noise_of(jax.device_put(np.int32(seed)), self.shape) for seed in seeds]
+        return np.array(jax.device_get(drawn)).reshape(len(seeds), *self.shape)
 
     def _drawn(
         self,
@@ -302,13 +303,14 @@ class DiffusionPipeline:
         captioned = (part[:-1].reshape(n, -1, *part.shape[1:]) for part in text)
         noise, mix, seeds = np.asarray(noise, np.float32), np.asarray(mix, np.float32), np.asarray(seeds, np.int32)
         every = Request(noise, seeds, *captioned, mix, known, drawn)
-        controls = self._controls(sampling, *(part[-1] for part in text))
+        controls = jax.device_put(self._controls(sampling, *(part[-1] for part in text)))
         pictures, steps = [], []
         for first in range(0, n, self.batch):
             part = jax.tree.map(lambda array, first=first: array[first : first + self.batch], every)
             padded = jax.tree.map(lambda array: np.resize(array, (self.batch, *array.shape[1:])), part)
             options = {"sampler": sampling.sampler, "along": tuple(along.tolist()), "trace": trace}
-            image, on_the_way = self._draw(self.weights, self.guide_weights, padded, controls, **options)
+            request = jax.device_put(padded)
+            image, on_the_way = self._draw(self.weights, self.guide_weights, request, controls, **options)
             pictures.append(self._finished(image, sampling)[: len(part.seeds)])
             steps += [self._finished(on_the_way, sampling)[: len(part.seeds)]] if trace else []
         return np.concatenate(pictures), np.concatenate(steps) if trace else None
@@ -328,7 +330,7 @@ class DiffusionPipeline:
         )
 
     def _finished(self, image: UInt8[Array, "b ... c"], sampling: Sampling) -> UInt8[np.ndarray, "b ... c"]:
-        image = np.asarray(image)
+        image = jax.device_get(image)
         return on_white(image) if sampling.on_white and self.config.CHANNELS == 4 else image
 
     def _known(self, edit: Edit) -> tuple[float, UInt8[np.ndarray, "h w c"], Bool[np.ndarray, "h w 1"] | None]:

@@ -299,5 +299,5 @@ class TextEncoder:
         text_emb = np.empty((len(tokens), length, self.dim), np.float32)
         for start in range(0, len(tokens), CHUNK):  # always the same shape, so always the same arithmetic
             rows = slice(start, start + CHUNK)
-            text_emb[rows] = self._encode(self._weights, tokens[rows], mask[rows])
+            text_emb[rows] = jax.device_get(self._encode(self._weights, *jax.device_put((tokens[rows], mask[rows]))))
         return text_emb[: len(texts)], mask[: len(texts)]

@@ -17,7 +17,7 @@ import sys
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import tyro
 
@@ -32,6 +32,7 @@ MAY_CHANGE = {  # between a run and its resumption
 }  # fmt: skip
 SAMPLES = 12  # pictures in a grid
 HOPELESS = 3  # steps in a row whose loss or gradient is not finite
+TOGETHER = 10  # steps that an accelerator takes as one program, so that it need not wait for the host between them
 
 
 @dataclass(frozen=True)
@@ -220,12 +221,15 @@ def run(options: Options) -> str | None:
     else:
         batches = itertools.repeat(parallel.replicated(source))  # all of it, for the step to choose from
     keys, batch = parallel.replicated(keys), next(batches)
-    steps = -(-config.epochs * concepts // config.B)
-    train_step = training.build_train_step(config, graphdef, steps).lower(state, batch, keys).compile()
+    steps = last(config, concepts)
+    train_step = training.build_train_step(config, graphdef, steps)
+    most = TOGETHER if device.on_accelerator() and not config.stream else 1
+    programs = {n: training.several(train_step, n).lower(state, batch, keys).compile() for n in {1, most}}
     learning_rate = training.learning_rate(config, steps)
+    rate_before = jax.jit(lambda step: learning_rate(step - 1))  # of the step that led here, on the device
     heldout_loss = heldout.build_watch(config, graphdef, unseen, encoder)
     signals = stop_signal()
-    in_flight = deque()  # at most two steps are queued, so that the clock is honest and Ctrl-C answers at once
+    in_flight = deque()  # at most two programs are queued, so that the clock is honest and Ctrl-C answers at once
     if first:
         trackers = tracking.trackers(options.track, output, step=step, config=config.to_json())
         log = tracking.MetricsLog(
@@ -241,8 +245,9 @@ def run(options: Options) -> str | None:
     fault = ""
     with saver, tqdm(**seen, smoothing=0.05, disable=None if first else True) as bar:
         while step < steps and not (stop or out_of_time or fault):
-            state, loss = train_step(state, batch, keys)
-            step += 1
+            n = together(step, most, config, concepts)
+            state, loss = programs[n](state, batch, keys)
+            step += n
             try:
                 batch = next(batches) if step < steps else batch
             except dataset.DatasetError:
@@ -251,21 +256,18 @@ def run(options: Options) -> str | None:
             in_flight.append(loss)
             if len(in_flight) > 2:
                 in_flight.popleft().block_until_ready()
-            bar.update(config.B)
+            bar.update(n * config.B)
 
-            epoch, before = step * config.B // concepts, (step - 1) * config.B // concepts
-            sampling = epoch // config.sample_every > before // config.sample_every
-            saving = epoch // config.save_every > before // config.save_every
-            reading = step % config.log_every == 0 or sampling or saving or step == steps
+            epoch, sampling, saving, reading = due(step, config, concepts)
             stop, out_of_time = enough(meet=reading)
             if reading or stop or out_of_time:
-                records = jax.device_get(state.records)
+                records, rate = jax.device_get((state.records, rate_before(state.step)))
                 state = state._replace(records=parallel.replicated(training.no_records(int(records.streak))))
                 fault = diagnosis(config, state, records, step) if records.longest >= HOPELESS else ""
                 if first:
                     with log.paused():
                         more = heldout_loss(parallel.local(state.ema.short)) if sampling else {}
-                    line = log.write(step, records, {"learning_rate": float(learning_rate(step - 1)), **more})
+                    line = log.write(step, records, {"learning_rate": rate, **more})
                     shown = {"loss": line["loss"], "skipped": line["skipped"]}
                     bar.set_postfix({name: value for name, value in shown.items() if value})
             if first and saving and step < steps and not fault:
@@ -303,6 +305,37 @@ def example_prompts(captions: list[str], heldout: list[str]) -> list[str]:
 
     unseen = spread(heldout, SAMPLES // 4)
     return spread(captions, SAMPLES - len(unseen)) + unseen
+
+
+class Due(NamedTuple):
+    """What follows a step."""
+
+    epoch: int  # whole passes up to here
+    sampling: bool  # a grid
+    saving: bool  # a checkpoint
+    reading: bool  # a line of metrics
+
+
+def last(config: Params, concepts: int) -> int:
+    """The number of a run's last step."""
+    return -(-config.epochs * concepts // config.B)
+
+
+def due(step: int, config: Params, concepts: int) -> Due:
+    """What follows this step, whatever was before it, so that a resumed run does the same."""
+    epoch, before = step * config.B // concepts, (step - 1) * config.B // concepts
+    sampling, saving = (epoch // every > before // every for every in (config.sample_every, config.save_every))
+    reading = step % config.log_every == 0 or sampling or saving or step == last(config, concepts)
+    return Due(epoch, sampling, saving, reading)
+
+
+def together(step: int, most: int, config: Params, concepts: int) -> int:
+    """Steps to take from here as one program: `most` at each multiple of it, unless something is due on the way.
+
+    As this follows from the step alone, a resumed run goes through the same programs.
+    """
+    on_the_way = range(step + 1, step + most)
+    return 1 if step % most or any(due(number, config, concepts).reading for number in on_the_way) else most
 
 
 def stop_signal() -> list[int]:

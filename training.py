@@ -92,9 +92,9 @@ def resumed(state: TrainState, saved: dict) -> TrainState:
 
 
 def no_records(streak: int = 0) -> Records:
-    """Empty records; a streak that is not over goes on."""
-    counts = (jnp.array(count, jnp.int32) for count in (0, 0, streak, streak))
-    return Records(jnp.zeros(LEVELS), jnp.zeros(LEVELS), jnp.zeros(()), *counts)
+    """Empty records, on the host; a streak that is not over goes on."""
+    sums = np.zeros(LEVELS, np.float32), np.zeros(LEVELS, np.float32), np.float32(0)
+    return Records(*sums, *map(np.int32, (0, 0, streak, streak)))
 
 
 def learning_rate(config: Params, steps: int) -> optax.Schedule:
@@ -284,3 +284,19 @@ def build_train_step(
         return TrainState(weights, ema, moments, state.step + 1, kept(good, bad)), loss
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=parallel.whole())
+
+
+def several(train_step: Callable, n: int) -> Callable[[TrainState, Data, Keys], tuple[TrainState, Float[Array, ""]]]:
+    """n of these steps as one program, between which a device need not wait for the host; the loss is the last one's.
+
+    Not for a CPU, where XLA runs convolutions inside a loop many times slower, nor for a source that the host picks for
+    each step.
+    """
+    if n == 1:
+        return train_step
+
+    def train_steps(state: TrainState, source: Data, keys: Keys) -> tuple[TrainState, Float[Array, ""]]:
+        state, losses = jax.lax.scan(lambda state, _: train_step(state, source, keys), state, length=n)
+        return state, losses[-1]
+
+    return jax.jit(train_steps, donate_argnums=0, out_shardings=parallel.whole())

@@ -44,6 +44,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
+from count import count_flops
+
 ROOT = Path(__file__).resolve().parent.parent
 TEXT_DIM = 384
 IMAGES = 512  # random pictures and captions to train on
@@ -80,23 +82,6 @@ def turn(name: str, function: Trial) -> float:
 # The JAX side
 
 
-def count_flops(jaxpr) -> int:
-    """FLOPs of the matrix products and convolutions of a jaxpr and of those inside it."""
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            total += 2 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
-        elif equation.primitive.name == "conv_general_dilated":
-            kernel = equation.invars[1].aval
-            outputs = kernel.shape[equation.params["dimension_numbers"].rhs_spec[0]]
-            total += 2 * equation.outvars[0].aval.size * kernel.size // outputs
-        inner = (getattr(value, "jaxpr", value) for value in equation.params.values())
-        total += sum(count_flops(each) for each in inner if hasattr(each, "eqns"))
-    return total
-
-
 def ours(config, *, pictures: int, steps: int) -> tuple[dict[str, Trial], dict]:
     """The trials of the JAX side, compiled, and what is to be known about it."""
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -127,8 +112,6 @@ def ours(config, *, pictures: int, steps: int) -> tuple[dict[str, Trial], dict]:
     def forward(weights, *inputs):
         return network(config, graphdef, weights)(*inputs)
 
-    product = jax.make_jaxpr(jnp.matmul)(jnp.ones((2, 3)), jnp.ones((3, 5)))
-    assert count_flops(product.jaxpr) == 2 * 2 * 3 * 5  # a multiply-add is two
     image = jnp.zeros((1, config.H, config.W, config.CHANNELS))
     inputs = (state.weights, image, jnp.ones(1, jnp.int32), data.text_emb[:1], data.text_mask[:1])
     about = {

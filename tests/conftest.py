@@ -1,11 +1,13 @@
 """Strict arithmetic for every test: no silent broadcasting, no random key used twice, shapes checked at each call."""
 
 import os
+from contextlib import contextmanager
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # these networks take longer to compile than to run
 
 import jax
+import jax.numpy as jnp
 import jaxtyping
 import pytest
 
@@ -47,3 +49,37 @@ def tiny(shapes):
         HEAD_DIM=4, B=3, epochs=2, warmup=2, learning_rate=1e-2, ema_short=0.1, ema_long=0.2,
         log_every=2, sample_every=1, save_every=1,
     )  # fmt: skip
+
+
+@pytest.fixture
+def sealed(monkeypatch):
+    """A context in which nothing passes between host and device but by jax.device_put and jax.device_get.
+
+    The arrays of a CPU lie on the host, so that JAX's guard lets them be read; here they refuse as a GPU's would, but
+    for np.asarray, which takes their memory without asking.
+    """
+    Array, fetch = type(jnp.zeros(())), jax.device_get
+
+    def refusing(convert):
+        def conversion(self, *args, **options):
+            assert jax.config.jax_transfer_guard_device_to_host != "disallow", "read by something else than device_get"
+            return convert(self, *args, **options)
+
+        return conversion
+
+    reading = ("__array__", "__bool__", "__float__", "__format__", "__index__", "__int__", "__repr__", "item", "tolist")
+    for name in reading:
+        monkeypatch.setattr(Array, name, refusing(getattr(Array, name)))
+
+    def device_get(tree):
+        with jax.transfer_guard_device_to_host("allow"):
+            return fetch(tree)
+
+    monkeypatch.setattr(jax, "device_get", device_get)
+
+    @contextmanager
+    def seal():
+        with jax.transfer_guard("disallow"), jax.transfer_guard_device_to_host("disallow"):
+            yield
+
+    return seal

@@ -183,7 +183,7 @@ zeros = map(jnp.zeros, shapes, ("uint8", "float32", "bool", "float32", "bool"))
 data = dataloader.Data(*zeros, dataloader.one_each(97))
 keys = training.Keys(*jax.random.split(jax.random.key(0), len(training.Keys._fields)))
 state = jax.eval_shape(lambda key: training.initial(config, 5, key), jax.random.key(0))
-step = training.build_train_step(config, training.structure(config, 5))
+step = training.several(training.build_train_step(config, training.structure(config, 5)), int(sys.argv[2]))
 program = step.lower(state, data, keys).compile().as_text()
 for line in program.splitlines():
     found = re.search(r"= (.*?) (all-\w+|collective-\w+|reduce-scatter|ragged-\S+)(-start)?\(", line)
@@ -198,10 +198,12 @@ assert [shard.data.tolist() for shard in batch.null_mask.addressable_shards] == 
 """
 
 
-@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_the_devices_exchange_gradients_and_nothing_larger(accumulate):
+@pytest.mark.parametrize(
+    ("accumulate", "together"), [(1, 1), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((2, 1), (1, 3)))]
+)
+def test_the_devices_exchange_gradients_and_nothing_larger(accumulate, together):
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
-    words = [sys.executable, "-c", COLLECTIVES, str(accumulate)]
+    words = [sys.executable, "-c", COLLECTIVES, str(accumulate), str(together)]
     made = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
     *collectives, weights = (line.split() for line in made.stdout.splitlines())

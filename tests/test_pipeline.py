@@ -86,6 +86,11 @@ def test_a_png_tells_how_to_draw_it_again(drawer, other, tmp_path):
         Origin.of(tmp_path / "bare.png")
 
 
+def test_drawing_makes_no_transfer_that_it_does_not_name(drawer, sealed):
+    with sealed():
+        drawer.generate_arrays(["red disc", "blue box"], Sampling(steps=3, sampler="dpmpp_2m_sde"), seeds=[1, 2])
+
+
 def test_a_picture_depends_on_its_prompt_and_seed_alone(drawer, trained):
     prompts = ["red disc", "blue box", "a green box", "red disc", "yellow disc"]
     seeds = [3, 1, 4, 1, 5]

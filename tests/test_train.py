@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from tqdm import tqdm
 
 import checkpoint
 import dataloader
@@ -154,6 +155,81 @@ def test_ctrl_c_saves_and_a_resumed_run_equals_an_undisturbed_one(tmp_path, tiny
     resumed, undisturbed = (weights(tmp_path / name / "final", tiny) for name in ("models_vA0", "undisturbed"))
     for a, b in zip(jax.tree.leaves(resumed), jax.tree.leaves(undisturbed), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("B", "concepts", "every", "most"),
+    [(64, 1824, (50, 10, 15), 10), (8, 64, (50, 6, 9), 10), (3, 8, (4, 3, 4), 4), (7, 5, (3, 1, 2), 5)],
+    ids=str,
+)
+def test_steps_taken_together_never_pass_over_one_after_which_something_is_due(B, concepts, every, most):
+    log_every, sample_every, save_every = every
+    config = Params(B=B, epochs=30, log_every=log_every, sample_every=sample_every, save_every=save_every)
+    steps, walk = train.last(config, concepts), [0]
+    while walk[-1] < steps:
+        walk.append(walk[-1] + train.together(walk[-1], most, config, concepts))
+    assert (steps - 1) * B < 30 * concepts <= steps * B
+    assert walk[-1] == steps
+    assert {step for step in range(1, steps + 1) if train.due(step, config, concepts).reading} <= set(walk)
+    assert set(np.diff(walk)) == ({1, most} if log_every >= most else {1})
+    assert train.together(0, 1, config, concepts) == 1
+
+
+def test_an_accelerator_takes_steps_together_and_the_run_is_the_same(call, tiny, monkeypatch):
+    config = dataclasses.replace(tiny, log_every=4, epochs=6, sample_every=1000, save_every=4)
+    call(train, *flags(config), "--output", "by_itself")
+    monkeypatch.setattr(train.device, "on_accelerator", lambda: True)
+    monkeypatch.setattr(train, "TOGETHER", 4)
+    taken, together = [], train.together
+    monkeypatch.setattr(train, "together", lambda *about: taken.append(together(*about)) or taken[-1])
+    call(train, *flags(config), "--output", "undisturbed")
+    assert taken == [4, 4, 1, 1, 1, 1, 4]  # epoch 4 ends with step 11
+    apart, at_once = metrics("by_itself"), metrics("undisturbed")
+    assert [line["step"] for line in apart] == [line["step"] for line in at_once] == [4, 8, 11, 12, 16]
+    for field in ("loss", "grad_norm", "learning_rate", "epoch"):
+        np.testing.assert_allclose([line[field] for line in apart], [line[field] for line in at_once], rtol=1e-3)
+
+    Path("undisturbed").rename("resumed")
+    Path("resumed/final").rename("undisturbed")
+    assert "resumed from resumed/epoch4, step 11" in call(train, *flags(config), "--output", "resumed", "--resume")
+    assert taken[7:] == [1, 4]
+    resumed, undisturbed = (weights(path, tiny) for path in ("resumed/final", "undisturbed"))
+    for a, b in zip(jax.tree.leaves(resumed), jax.tree.leaves(undisturbed), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_seal_lets_nothing_through_but_what_says_that_it_is_a_transfer(sealed):
+    double, x = jax.jit(lambda x: 2 * x), jnp.ones(())
+    with sealed():
+        for read in (float, int, bool, repr, "{:.2f}".format, lambda x: x.item(), lambda x: x.tolist()):
+            with pytest.raises(AssertionError, match="device_get"):
+                read(x)
+        for write in (double, jnp.asarray, jnp.float32, lambda one: x + one):
+            with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device"):
+                write(1.0)
+        assert jax.device_get(double(jax.device_put(np.float32(3)))) == 6
+
+
+@pytest.mark.parametrize("together", [1, 4])
+def test_the_training_loop_makes_no_transfer_that_it_does_not_name(call, tiny, sealed, monkeypatch, together):
+    class Bar(tqdm):
+        """The bar around the loop."""
+
+        def __enter__(self):
+            self.seal = sealed()
+            self.seal.__enter__()
+            return super().__enter__()
+
+        def __exit__(self, *error):
+            self.seal.__exit__(*error)
+            return super().__exit__(*error)
+
+    monkeypatch.setattr("tqdm.tqdm", Bar)
+    monkeypatch.setattr(train.device, "on_accelerator", lambda: True)
+    monkeypatch.setattr(train, "TOGETHER", together)
+    config = dataclasses.replace(tiny, log_every=4, epochs=6, sample_every=1000, save_every=4)
+    assert "models_vA0/final and" in call(train, *flags(config))
+    assert [line["step"] for line in metrics()] == [4, 8, 11, 12, 16]
 
 
 @pytest.mark.slow

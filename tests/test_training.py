@@ -77,6 +77,22 @@ def test_the_step_is_traced_once(tiny, data, monkeypatch):
     assert len(traces) == 1
 
 
+def test_several_steps_in_one_program_equal_as_many_by_themselves(tiny, data, compiled):
+    one, n = fresh(tiny), 4
+    for _ in range(n):
+        one, loss = compiled(one, data, KEYS)
+    together, last_loss = training.several(compiled, n)(fresh(tiny), data, KEYS)
+    np.testing.assert_allclose(last_loss, loss, rtol=1e-5)
+    for a, b in zip(*map(jax.tree.leaves, ((one.records, one.step), (together.records, together.step))), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+    tree = optax.tree
+    moments = one.optimizer[1][0].mu
+    assert tree.norm(tree.sub(moments, together.optimizer[1][0].mu)) < 1e-4 * tree.norm(moments)
+    for found, expected in zip((together.weights, *together.ema), (one.weights, *one.ema), strict=True):
+        moved = tree.norm(tree.sub(expected, start(tiny).weights))
+        assert tree.norm(tree.sub(found, expected)) <= 0.01 * moved  # AdamW takes the sign even of a rounding error
+
+
 def test_a_step_that_is_not_finite_changes_no_weight_and_is_counted(tiny, data, compiled):
     before = fresh(tiny)
     poisoned = data._replace(

@@ -1,0 +1,48 @@
+"""What a program computes and moves: the matrix products and convolutions of its jaxpr, counted one by one.
+
+A multiply-add is two FLOPs. A tap on the padding counts, as torch counts it; the zeros that the gradient of a strided
+convolution puts between its pixels do not. Bytes are those of the operands, each read once, and of the result, written
+once. A loop of known length counts as often as it runs; the branches of a condition do not count.
+
+Imports no JAX: peer.py also runs where there is none.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+
+class Operation(NamedTuple):
+    """A matrix product or a convolution."""
+
+    flops: int
+    bytes: int
+    dtype: str  # of its narrower operand: products of two kinds ask for an algorithm on the narrower
+
+
+def operations(jaxpr) -> Iterator[Operation]:
+    """The matrix products and convolutions of a jaxpr and of those inside it."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+            arrays = [variable.aval for variable in (*equation.invars, *equation.outvars)]
+            narrow = min(arrays[:2], key=lambda array: array.dtype.itemsize)
+            moved = sum(array.size * array.dtype.itemsize for array in arrays)
+            yield Operation(_flops(equation, *arrays), moved, narrow.dtype.name)
+        inner = [getattr(value, "jaxpr", value) for value in equation.params.values()]
+        times = equation.params["length"] if equation.primitive.name == "scan" else 1
+        for each in (part for part in inner if hasattr(part, "eqns")):
+            yield from (operation for operation in operations(each) for _ in range(times))
+
+
+def _flops(equation, left, right, result) -> int:
+    numbers = equation.params["dimension_numbers"]
+    if equation.primitive.name == "dot_general":
+        (contracted, _), _ = numbers
+        return 2 * result.size * math.prod(left.shape[axis] for axis in contracted)
+    taps = right.size // right.shape[numbers.rhs_spec[0]]
+    return 2 * result.size * taps // math.prod(equation.params["lhs_dilation"])
+
+
+def count_flops(jaxpr) -> int:
+    """FLOPs of the matrix products and convolutions of a jaxpr and of those inside it."""
+    return sum(operation.flops for operation in operations(jaxpr))

@@ -1,0 +1,112 @@
+"""How fast an H100 could train at best, by count: `python benchmarks/roofline.py [PRESET …]`, all if none is named.
+
+Nothing here is measured. Every matrix product and convolution of the training step, forward and backward, is read from
+its jaxpr (count.py) and takes as long as its FLOPs at the peak rate, or as its bytes through the memory, whichever is
+longer (Williams et al. 2009). All else costs no time, as if it were fused into these, but for what the state moves:
+each weight, its two moments and its gradient (read twice, first for its norm) through AdamW, both averages every
+eighth step, in bf16 a copy of the weights; and the pictures and captions of a batch.
+
+A real step is slower: peaks are not reached, norms and softmax make passes of their own, and each operation takes some
+microseconds to launch, which decides where the table leaves it less than that. In one way it may be faster: what stays
+in the 50 MB of cache between two operations is counted here as read from the memory. Attention counts as JAX has it by
+default, its scores written out.
+
+Peaks: NVIDIA's data sheet of the H100 SXM: 3.35 TB/s; 989 TFLOP/s in bf16 and 495 in TF32, half of what it prints "with
+sparsity"; 67 in float32. TF32 is what JAX's default precision makes of float32 on such a GPU (docs.jax.dev, "Matmul
+precision"); JAX_DEFAULT_MATMUL_PRECISION=highest is true float32.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # only traces: the count is the same everywhere
+
+import jax
+import made_up
+from count import Operation, operations
+
+import training
+from params import PRESETS, Params
+
+BANDWIDTH = 3.35e12  # bytes per second
+PEAKS = {"bf16": 989e12, "TF32": 495e12, "float32": 67e12}  # FLOP per second
+PICTURES = 1824
+
+
+@cache
+def step_operations(config: Params) -> tuple[list[Operation], int]:
+    """The matrix products and convolutions of a training step, and the number of weights."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    state = jax.eval_shape(lambda key: training.initial(config, made_up.TEXT_DIM, key), key)
+    data = jax.eval_shape(lambda: made_up.data(config, config.MAX_INDEX or PICTURES))
+    step = training.build_train_step(config, training.structure(config, made_up.TEXT_DIM), steps=1)
+    jaxpr = jax.make_jaxpr(step)(state, data, training.Keys(*[key] * len(training.Keys._fields)))
+    return list(operations(jaxpr.jaxpr)), sum(leaf.size for leaf in jax.tree.leaves(state.weights))
+
+
+def state_bytes(weights: int, config: Params) -> float:
+    """Bytes of weights, gradient, moments, averages and batch that a step moves outside the network."""
+    adamw = 5 + 3  # gradient twice, weight and two moments read; weight and moments written
+    averages = (3 + 2) / training.EMA_EVERY
+    copy = 1.5 if config.compute == "bfloat16" else 0  # float32 read, bf16 written
+    picture = config.H * config.W * config.CHANNELS
+    caption = 4 * config.TEXT_LEN * made_up.TEXT_DIM
+    return 4 * weights * (adamw + averages + copy) + config.B * (picture + caption)
+
+
+def bound(each: Iterable[Operation], other_bytes: float, peak: float) -> tuple[float, float]:
+    """Seconds that a step takes at least, and those of them in which arithmetic is what it waits for."""
+    times = [(operation.flops / peak, operation.bytes / BANDWIDTH) for operation in each]
+    computing = sum(arithmetic for arithmetic, memory in times if arithmetic > memory)
+    return sum(map(max, times)) + other_bytes / BANDWIDTH, computing
+
+
+def roofline(config: Params, arithmetic: str) -> dict[str, float]:
+    """The figures of one row of the table."""
+    config = dataclasses.replace(config, compute="bfloat16" if arithmetic == "bf16" else "float32")
+    each, weights = step_operations(config)
+    assert {operation.dtype for operation in each} == {config.compute}  # so that one peak holds for all
+    other = state_bytes(weights, config)
+    seconds, computing = bound(each, other, PEAKS[arithmetic])
+    return {
+        "batch": config.B,
+        "parameters_million": weights / 1e6,
+        "operations": len(each),
+        "tflop": sum(operation.flops for operation in each) / 1e12,
+        "gigabytes": (sum(operation.bytes for operation in each) + other) / 1e9,
+        "gigabytes_of_state": other / 1e9,
+        "step_seconds": seconds,
+        "images_per_second": config.B / seconds,
+        "compute_bound_share": computing / seconds,
+    }
+
+
+def main() -> None:
+    names = sys.argv[1:] or list(PRESETS)
+    if {"-h", "--help"} & set(names):
+        sys.exit(__doc__)
+    if unknown := set(names) - set(PRESETS):
+        sys.exit(f"no preset {', '.join(sorted(unknown))} (presets: {', '.join(PRESETS)})")
+    print("| preset, batch | in | TFLOP | GB | operations | ms at least | pictures/s at most | compute-bound |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name in names:
+        rows = {arithmetic: roofline(PRESETS[name], arithmetic) for arithmetic in PEAKS}
+        for arithmetic, row in rows.items():
+            print(
+                f"| {name}, {row['batch']} | {arithmetic} | {row['tflop']:.3g} | {row['gigabytes']:.3g} "
+                f"| {row['operations']} | {1e3 * row['step_seconds']:.3g} | {row['images_per_second']:,.0f} "
+                f"| {row['compute_bound_share']:.0%} |",
+                flush=True,
+            )
+        path = Path(__file__).with_name(f"roofline-{name}.json")
+        path.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
