@@ -404,24 +404,34 @@ def _fitted(path: Path, shape: tuple[int, int, int]) -> np.ndarray | str:
 
 def fit(picture: Image.Image, height: int, width: int, channels: int) -> np.ndarray:
     """An RGBA picture as uint8 [height, width, channels]: scaled to fit, centred and padded."""
-    rgba = np.asarray(picture, np.float32)
-    alpha = rgba[..., 3:]
-    premultiplied = np.concatenate([rgba[..., :3] * (alpha / 255), alpha], -1)
+    planes = np.asarray(picture).transpose(2, 0, 1).astype(np.float32, order="C")
+    planes[:3] *= planes[3] / 255
     scale = min(width / picture.width, height / picture.height)
     inner = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
     if inner != picture.size:
-        planes = [Image.fromarray(np.ascontiguousarray(premultiplied[..., c])) for c in range(4)]
-        premultiplied = np.stack([np.asarray(plane.resize(inner, Image.Resampling.LANCZOS)) for plane in planes], -1)
-    alpha = premultiplied[..., 3:]
-    colour = (premultiplied[..., :3] / np.maximum(alpha, 1e-6) * 255).clip(0, 255)  # where one rings, so does the other
+        planes = _resized(planes, *inner)
+    colour, alpha = planes[:3], planes[3]
     left, top = (width - inner[0]) // 2, (height - inner[1]) // 2
-    clear = np.array([255, 255, 255, 0], np.float32)
-    canvas = np.tile(clear, (height, width, 1))
-    canvas[top : top + inner[1], left : left + inner[0]] = np.concatenate([colour, alpha.clip(0, 255)], -1)
-    colour, alpha = canvas[..., :3], canvas[..., 3:]
+    canvas = np.full((4, height, width), 255, np.float32)
+    canvas[3] = 0
+    within = canvas[:, top : top + inner[1], left : left + inner[0]]
+    within[:3] = (colour / np.maximum(alpha, 1e-6) * 255).clip(0, 255)  # where one rings, so does the other
+    within[3] = alpha.clip(0, 255)
+    colour, alpha = canvas[:3], canvas[3]
     if channels == 4:
-        return np.rint(np.where(np.rint(alpha) > 0, canvas, clear[None, None])).astype(np.uint8)
-    on_white = colour * (alpha / 255) + (255 - alpha)
+        colour[:, np.rint(alpha) == 0] = 255
+        image = canvas.transpose(1, 2, 0)
+    else:
+        image = (colour * (alpha / 255) + (255 - alpha)).transpose(1, 2, 0)
     if channels == 1:
-        on_white = on_white @ np.array([[0.299], [0.587], [0.114]], np.float32)  # ITU-R BT.601 luma
-    return np.rint(on_white).astype(np.uint8)
+        image = np.ascontiguousarray(image) @ np.array([[0.299], [0.587], [0.114]], np.float32)  # ITU-R BT.601 luma
+    return np.rint(image).astype(np.uint8, order="C")
+
+
+def _resized(planes: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Float planes [4, h, w] scaled to [4, height, width]: all rows of all planes at once, then all columns."""
+    n, h, w = planes.shape
+    across = Image.fromarray(planes.reshape(n * h, w)).resize((width, n * h), Image.Resampling.LANCZOS)
+    beside = np.asarray(across).reshape(n, h, width).swapaxes(0, 1).reshape(h, n * width)
+    down = Image.fromarray(beside).resize((n * width, height), Image.Resampling.LANCZOS)
+    return np.asarray(down).reshape(height, n, width).swapaxes(0, 1)
