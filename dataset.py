@@ -21,10 +21,10 @@ import io
 import json
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -37,6 +37,7 @@ COLUMNS = ("#", "name", "keywords", "split")
 LARGEST = 4096 * 4096  # pixels of a picture; a decompression bomb has more
 VARIANTS = 4  # other captions of a picture, made from its keywords
 BLOCK = 512  # rows decoded and cached together
+PART = 32  # of them, by one thread at a stretch
 FORMAT = 1  # of the cache; any change of what decoding gives needs another number
 READABLE = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
@@ -137,7 +138,8 @@ def load(
         )
     names = [styled(row.name, one) if len(wanted) > 1 else row.name for row, one in kept]
     indexes, keywords = [row.index for row, _ in kept], [row.keywords for row, _ in kept]
-    files = [root / "image" / one / f"{row.index}.png" for row, one in kept]
+    folders = {one: root / "image" / one for one in wanted}
+    files = [folders[one] / f"{row.index}.png" for row, one in kept]
     heldout = np.array([row.heldout for row, _ in kept])
     pictures = Pictures(np.stack(images) if decode else None, names, indexes, files, keywords, heldout, faults, "")
     return pictures._replace(fingerprint=_fingerprint(pictures, pixels=decode))
@@ -228,14 +230,13 @@ def check(root: Path) -> list[Fault]:
         if not any(file.is_file() for file in files):
             faults.append(Fault(f"image/{present[0]}/{row.index}.png", MISSING))
     for vendor in present:
-        files = [f"{row.index}.png" for row in rows if not row.fault]
-        with _quiet(), ThreadPoolExecutor(4) as pool:
-            found = pool.map(lambda name, vendor=vendor: _picture(root / "image" / vendor / name), files)
-            faults += [
-                Fault(f"image/{vendor}/{name}", what)
-                for name, what in zip(files, found, strict=True)
-                if isinstance(what, str) and what != MISSING
-            ]
+        files = _files(root, vendor, [row.index for row in rows if not row.fault])
+        found = _each(lambda file: what if isinstance(what := _picture(file), str) else "", files)
+        faults += [
+            Fault(f"image/{vendor}/{file.name}", what)
+            for file, what in zip(files, found, strict=True)
+            if what not in ("", MISSING)
+        ]
     return faults
 
 
@@ -327,28 +328,37 @@ def _read(
     root: Path, vendor: str, indexes: list[str], shape: tuple[int, int, int], decode: bool
 ) -> Iterator[tuple[np.ndarray | None, str]]:
     """Each picture and what is wrong with it, or ""; without `decode` only what its header tells."""
+    files = _files(root, vendor, indexes)
     if decode:
-        return zip(*_decoded(root, vendor, indexes, shape), strict=True)
-    paths = [root / "image" / vendor / f"{index}.png" for index in indexes]
-    with _quiet(), ThreadPoolExecutor(4) as pool:
-        found = pool.map(lambda path: _picture(path, whole=False), paths)
-        return iter([(None, what if isinstance(what, str) else "") for what in found])
+        return zip(*_decoded(files, shape), strict=True)
+    found = _each(lambda file: _picture(file, whole=False), files)
+    return iter([(None, what if isinstance(what, str) else "") for what in found])
 
 
-def _decoded(root: Path, vendor: str, indexes: list[str], shape: tuple[int, int, int]) -> tuple[np.ndarray, list[str]]:
+def _decoded(files: list[Path], shape: tuple[int, int, int]) -> tuple[np.ndarray, list[str]]:
     """uint8 [n, *shape], zero where there is a fault, and what each fault is or ""; from the cache if it is there."""
-    paths = [root / "image" / vendor / f"{index}.png" for index in indexes]
-    with _quiet(), ThreadPoolExecutor(4) as pool:
 
-        def decode() -> dict[str, np.ndarray]:
-            results = list(pool.map(lambda path: _fitted(path, shape), paths))
-            blank = np.zeros(shape, np.uint8)
-            images = [blank if isinstance(result, str) else result for result in results]
-            what = [result if isinstance(result, str) else "" for result in results]
-            return {"images": np.array(images, np.uint8).reshape(-1, *shape), "what": np.array(what, str)}
+    def decode() -> dict[str, np.ndarray]:
+        results = _each(lambda file: _fitted(file, shape), files)
+        blank = np.zeros(shape, np.uint8)
+        images = [blank if isinstance(result, str) else result for result in results]
+        what = [result if isinstance(result, str) else "" for result in results]
+        return {"images": np.array(images, np.uint8).reshape(-1, *shape), "what": np.array(what, str)}
 
-        arrays = cached("pictures", json.dumps([FORMAT, shape, list(pool.map(_digest, paths))]), decode)
+    arrays = cached("pictures", json.dumps([FORMAT, shape, _each(_digest, files)]), decode)
     return arrays["images"], arrays["what"].tolist()
+
+
+def _files(root: Path, vendor: str, indexes: list[str]) -> list[Path]:
+    folder = root / "image" / vendor
+    return [folder / f"{index}.png" for index in indexes]
+
+
+def _each(function: Callable[[Path], Any], files: list[Path]) -> list:
+    """The function of each file, by a few threads; a task for every file would cost as much as reading it."""
+    parts = [files[start : start + PART] for start in range(0, len(files), PART)]
+    with _quiet(), ThreadPoolExecutor(4) as pool:
+        return [result for part in pool.map(lambda part: [*map(function, part)], parts) for result in part]
 
 
 def _digest(path: Path) -> str:
