@@ -19,6 +19,7 @@ is an error. A missing picture is reported too but is no reason to stop: few ven
 import hashlib
 import io
 import json
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -92,12 +93,14 @@ def load(
         raise ValueError(f"channels is {channels}; a picture has 1 (grey), 3 (RGB) or 4 (RGB and alpha)")
     if height < 1 or width < 1 or limit < 0:
         raise ValueError(f"height and width are at least 1 and limit at least 0, got {height}, {width} and {limit}")
-    rows, wanted = _rows(root), _wanted(root, vendor)
-    kept, images, faults, looked_at, trained = [], [], [], 0, 0
+    rows, wanted, shape = _rows(root), _wanted(root, vendor), (height, width, channels)
+    most = min(len(rows), limit + sum(row.heldout for row in rows)) if limit else len(rows)
+    images = _room(most * len(wanted), shape) if decode else None
+    kept, faults, looked_at, trained = [], [], 0, 0
     for start in range(0, len(rows), BLOCK):
         block = rows[start : start + BLOCK]
         named = [row.index for row in block if not row.fault]
-        found = [_read(root, one, named, (height, width, channels), decode) for one in wanted]
+        found = [_read(root, one, named, shape, decode) for one in wanted]
         for row in block:
             if row.fault:
                 faults.append(row.fault)
@@ -108,9 +111,10 @@ def load(
                 looked_at += what != MISSING
                 if what:
                     faults.append(Fault(f"image/{one}/{row.index}.png", what))
-                else:
-                    kept.append((row, one))
-                    images.append(image)
+                    continue
+                if decode:
+                    images[len(kept)] = image
+                kept.append((row, one))
             trained += len(kept) > before and not row.heldout
             if 0 < limit == trained:
                 break
@@ -141,19 +145,38 @@ def load(
     folders = {one: root / "image" / one for one in wanted}
     files = [folders[one] / f"{row.index}.png" for row, one in kept]
     heldout = np.array([row.heldout for row, _ in kept])
-    pictures = Pictures(np.stack(images) if decode else None, names, indexes, files, keywords, heldout, faults, "")
+    images = images[: len(kept)] if decode else None
+    pictures = Pictures(images, names, indexes, files, keywords, heldout, faults, "")
     return pictures._replace(fingerprint=_fingerprint(pictures, pixels=decode))
 
 
 def of(config: Params, root: Path | None = None, *, decode: bool = True) -> Pictures:
-    """The pictures that a configuration names; `root` where the dataset has moved. Raises as `load`."""
+    """The pictures that a configuration names, those to train on first; `root` where the dataset has moved.
+
+    Raises as `load`.
+    """
     size = {"height": config.H, "width": config.W, "channels": config.CHANNELS}
     where = root or Path(config.data)
     options = {"limit": config.MAX_INDEX, "max_bad": config.max_bad, "decode": decode, **size}
     pictures = load(where, vendor=config.vendor, **options)
     if config.stream and decode:  # recognise what a run that streamed was trained on
-        return pictures._replace(fingerprint=_fingerprint(pictures, pixels=False))
-    return pictures
+        pictures = pictures._replace(fingerprint=_fingerprint(pictures, pixels=False))
+    return _training_first(pictures)
+
+
+def _training_first(pictures: Pictures) -> Pictures:
+    """The same pictures, the held-out ones last: each side of the split is then a stretch of one array.
+
+    They are moved within that array, for there may be no room for another.
+    """
+    images, train, held = pictures.images, *(np.flatnonzero(pictures.heldout == side) for side in (False, True))
+    if images is not None:
+        last = images[held]
+        for start in range(0, len(train), BLOCK):  # only ever towards the front, so that none is lost
+            rows = train[start : start + BLOCK]
+            images[start : start + len(rows)] = images[rows]
+        images[len(train) :] = last
+    return only(pictures._replace(images=None), np.concatenate([train, held]))._replace(images=images)
 
 
 def side(pictures: Pictures, *, heldout: bool) -> Pictures:
@@ -162,8 +185,14 @@ def side(pictures: Pictures, *, heldout: bool) -> Pictures:
 
 
 def only(pictures: Pictures, rows) -> Pictures:
-    """The pictures of these rows; the fingerprint and the faults stay those of the whole."""
-    images = None if pictures.images is None else pictures.images[rows]
+    """The pictures of these rows; the fingerprint and the faults stay those of the whole.
+
+    Rows that stand together are not copied: `images` is then a part of the same array.
+    """
+    rows = np.asarray(rows, int)
+    together = len(rows) > 0 and (np.diff(rows) == 1).all()
+    part = slice(rows[0], rows[-1] + 1) if together else rows
+    images = None if pictures.images is None else pictures.images[part]
     fields = ("names", "indexes", "files", "keywords")
     lists = {field: [getattr(pictures, field)[row] for row in rows] for field in fields}
     return pictures._replace(images=images, heldout=pictures.heldout[rows], **lists)
@@ -216,7 +245,10 @@ def _fingerprint(pictures: Pictures, *, pixels: bool) -> str:
     """
     of = pictures.images.shape if pixels else [f"{file.parent.name}/{file.name}" for file in pictures.files]
     words = json.dumps([of, pictures.names, pictures.indexes, pictures.keywords, pictures.heldout.tolist()])
-    return hashlib.sha256(words.encode() + (pictures.images.tobytes() if pixels else b"")).hexdigest()
+    digest = hashlib.sha256(words.encode())
+    if pixels:
+        digest.update(pictures.images.reshape(-1))
+    return digest.hexdigest()
 
 
 def check(root: Path) -> list[Fault]:
@@ -359,6 +391,17 @@ def _each(function: Callable[[Path], Any], files: list[Path]) -> list:
     parts = [files[start : start + PART] for start in range(0, len(files), PART)]
     with _quiet(), ThreadPoolExecutor(4) as pool:
         return [result for part in pool.map(lambda part: [*map(function, part)], parts) for result in part]
+
+
+def _room(n: int, shape: tuple[int, int, int]) -> np.ndarray:
+    """uint8 [n, *shape], not yet written to, which takes no memory until it is.
+
+    It begins at a multiple of 64 bytes: on a CPU, JAX then uses it where it lies instead of copying it.
+    """
+    size = n * math.prod(shape)
+    memory = np.empty(size + 63, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].reshape(n, *shape)
 
 
 def _digest(path: Path) -> str:
