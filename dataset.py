@@ -7,7 +7,8 @@ The layout is that of the Kaggle emoji set, and of anybody's own pictures:
 
 Pictures keep their proportions: they are scaled to fit [height, width] and padded with white, or with transparency
 where there are 4 channels. Colour is scaled premultiplied by alpha, so that what is hidden never bleeds into an edge,
-and a pixel that ends up fully transparent is white. Decoded pictures are cached by content, a block of rows at a time.
+and a pixel that ends up fully transparent is white. Decoded pictures are cached by content, a block of rows at a time,
+and gathered in one array, which neither the split nor a CPU's training copies.
 
 Several vendors at once, "Google+OpenMoji", give several pictures to a row; each caption then names its vendor, as in
 "red heart, OpenMoji style". A row is held out for all of them or for none.

@@ -8,10 +8,11 @@
                 give: what is seen is what dealing out costs, and nothing of how several GPUs would do
 
 Each column follows cost ~ x^k, the line of least squares through the logarithms: 0 is a cost that does not grow, 1 one
-that grows in proportion. Times are wall-clock: steps of all sizes in turn, so that a machine whose speed drifts bends
-no law, and medians of them; preparation once each, in processes of their own. Memory of a step is its arguments and
-temporaries as compiled; that of a process is its peak on Linux, less what it had after preparing a single picture.
-Pictures are those of the default dataset, shifted and recoloured into as many as are asked for.
+that grows in proportion; where a part of the cost is fixed, k says how it grows over this range. Times are wall-clock:
+steps of all sizes in turn, so that a machine whose speed drifts bends no law (of devices one after the other), and
+medians of them; preparation once each, in processes of their own. Memory of a step is its arguments and temporaries as
+compiled; that of a process is its peak, on Linux, less that of preparing a single picture. Pictures are those of the
+default dataset, shifted and recoloured into as many as are asked for.
 
 The numbers go to benchmarks/scaling.json, where the axes that are not measured again stay as they were.
 """
