@@ -170,7 +170,7 @@ def prepare(root: Path, n: int, config: Params) -> Row:
 
 
 def peak() -> float:
-    """The most memory that this process has ever had, MiB; as `ru_maxrss`, which begins with that of the parent."""
+    """The most memory that this process has had, MiB; `ru_maxrss` would begin with what its parent had."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) / 1024
 
