@@ -79,8 +79,8 @@ def load(pictures: Pictures, encoder: TextEncoder, config: Params) -> Data:
     text_emb, text_mask = encode(encoder, ["", *texts], config.TEXT_LEN)
     length = enough(text_mask)
     text_emb, text_mask = text_emb[:, :length], text_mask[:, :length]
-    arrays = pictures.images, text_emb[1:], text_mask[1:], text_emb[0], text_mask[0], index
-    return jax.tree.map(jnp.asarray, Data(*arrays))
+    captioned = jax.tree.map(jnp.asarray, (text_emb[1:], text_mask[1:], text_emb[0], text_mask[0], index))
+    return Data(jax.device_put(pictures.images), *captioned)  # on a CPU not copied, if `dataset.load` laid them out
 
 
 def captions(pictures: Pictures, caption_variants: float) -> tuple[list[str], Index]:

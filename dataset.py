@@ -7,7 +7,8 @@ The layout is that of the Kaggle emoji set, and of anybody's own pictures:
 
 Pictures keep their proportions: they are scaled to fit [height, width] and padded with white, or with transparency
 where there are 4 channels. Colour is scaled premultiplied by alpha, so that what is hidden never bleeds into an edge,
-and a pixel that ends up fully transparent is white. Decoded pictures are cached by content, a block of rows at a time.
+and a pixel that ends up fully transparent is white. Decoded pictures are cached by content, a block of rows at a time,
+and gathered in one array, which neither the split nor a CPU's training copies.
 
 Several vendors at once, "Google+OpenMoji", give several pictures to a row; each caption then names its vendor, as in
 "red heart, OpenMoji style". A row is held out for all of them or for none.
@@ -19,12 +20,13 @@ is an error. A missing picture is reported too but is no reason to stop: few ven
 import hashlib
 import io
 import json
+import math
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -37,6 +39,7 @@ COLUMNS = ("#", "name", "keywords", "split")
 LARGEST = 4096 * 4096  # pixels of a picture; a decompression bomb has more
 VARIANTS = 4  # other captions of a picture, made from its keywords
 BLOCK = 512  # rows decoded and cached together
+PART = 32  # of them, by one thread at a stretch
 FORMAT = 1  # of the cache; any change of what decoding gives needs another number
 READABLE = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
@@ -91,12 +94,14 @@ def load(
         raise ValueError(f"channels is {channels}; a picture has 1 (grey), 3 (RGB) or 4 (RGB and alpha)")
     if height < 1 or width < 1 or limit < 0:
         raise ValueError(f"height and width are at least 1 and limit at least 0, got {height}, {width} and {limit}")
-    rows, wanted = _rows(root), _wanted(root, vendor)
-    kept, images, faults, looked_at, trained = [], [], [], 0, 0
+    rows, wanted, shape = _rows(root), _wanted(root, vendor), (height, width, channels)
+    most = min(len(rows), limit + sum(row.heldout for row in rows)) if limit else len(rows)
+    images = _room(most * len(wanted), shape) if decode else None
+    kept, faults, looked_at, trained = [], [], 0, 0
     for start in range(0, len(rows), BLOCK):
         block = rows[start : start + BLOCK]
         named = [row.index for row in block if not row.fault]
-        found = [_read(root, one, named, (height, width, channels), decode) for one in wanted]
+        found = [_read(root, one, named, shape, decode) for one in wanted]
         for row in block:
             if row.fault:
                 faults.append(row.fault)
@@ -107,9 +112,10 @@ def load(
                 looked_at += what != MISSING
                 if what:
                     faults.append(Fault(f"image/{one}/{row.index}.png", what))
-                else:
-                    kept.append((row, one))
-                    images.append(image)
+                    continue
+                if decode:
+                    images[len(kept)] = image
+                kept.append((row, one))
             trained += len(kept) > before and not row.heldout
             if 0 < limit == trained:
                 break
@@ -137,21 +143,41 @@ def load(
         )
     names = [styled(row.name, one) if len(wanted) > 1 else row.name for row, one in kept]
     indexes, keywords = [row.index for row, _ in kept], [row.keywords for row, _ in kept]
-    files = [root / "image" / one / f"{row.index}.png" for row, one in kept]
+    folders = {one: root / "image" / one for one in wanted}
+    files = [folders[one] / f"{row.index}.png" for row, one in kept]
     heldout = np.array([row.heldout for row, _ in kept])
-    pictures = Pictures(np.stack(images) if decode else None, names, indexes, files, keywords, heldout, faults, "")
+    images = images[: len(kept)] if decode else None
+    pictures = Pictures(images, names, indexes, files, keywords, heldout, faults, "")
     return pictures._replace(fingerprint=_fingerprint(pictures, pixels=decode))
 
 
 def of(config: Params, root: Path | None = None, *, decode: bool = True) -> Pictures:
-    """The pictures that a configuration names; `root` where the dataset has moved. Raises as `load`."""
+    """The pictures that a configuration names, those to train on first; `root` where the dataset has moved.
+
+    Raises as `load`.
+    """
     size = {"height": config.H, "width": config.W, "channels": config.CHANNELS}
     where = root or Path(config.data)
     options = {"limit": config.MAX_INDEX, "max_bad": config.max_bad, "decode": decode, **size}
     pictures = load(where, vendor=config.vendor, **options)
     if config.stream and decode:  # recognise what a run that streamed was trained on
-        return pictures._replace(fingerprint=_fingerprint(pictures, pixels=False))
-    return pictures
+        pictures = pictures._replace(fingerprint=_fingerprint(pictures, pixels=False))
+    return _training_first(pictures)
+
+
+def _training_first(pictures: Pictures) -> Pictures:
+    """The same pictures, the held-out ones last: each side of the split is then a stretch of one array.
+
+    They are moved within that array, for there may be no room for another.
+    """
+    images, train, held = pictures.images, *(np.flatnonzero(pictures.heldout == side) for side in (False, True))
+    if images is not None:
+        last = images[held]
+        for start in range(0, len(train), BLOCK):  # only ever towards the front, so that none is lost
+            rows = train[start : start + BLOCK]
+            images[start : start + len(rows)] = images[rows]
+        images[len(train) :] = last
+    return only(pictures._replace(images=None), np.concatenate([train, held]))._replace(images=images)
 
 
 def side(pictures: Pictures, *, heldout: bool) -> Pictures:
@@ -160,8 +186,14 @@ def side(pictures: Pictures, *, heldout: bool) -> Pictures:
 
 
 def only(pictures: Pictures, rows) -> Pictures:
-    """The pictures of these rows; the fingerprint and the faults stay those of the whole."""
-    images = None if pictures.images is None else pictures.images[rows]
+    """The pictures of these rows; the fingerprint and the faults stay those of the whole.
+
+    Rows that stand together are not copied: `images` is then a part of the same array.
+    """
+    rows = np.asarray(rows, int)
+    together = len(rows) > 0 and (np.diff(rows) == 1).all()
+    part = slice(rows[0], rows[-1] + 1) if together else rows
+    images = None if pictures.images is None else pictures.images[part]
     fields = ("names", "indexes", "files", "keywords")
     lists = {field: [getattr(pictures, field)[row] for row in rows] for field in fields}
     return pictures._replace(images=images, heldout=pictures.heldout[rows], **lists)
@@ -214,7 +246,10 @@ def _fingerprint(pictures: Pictures, *, pixels: bool) -> str:
     """
     of = pictures.images.shape if pixels else [f"{file.parent.name}/{file.name}" for file in pictures.files]
     words = json.dumps([of, pictures.names, pictures.indexes, pictures.keywords, pictures.heldout.tolist()])
-    return hashlib.sha256(words.encode() + (pictures.images.tobytes() if pixels else b"")).hexdigest()
+    digest = hashlib.sha256(words.encode())
+    if pixels:
+        digest.update(pictures.images.reshape(-1))
+    return digest.hexdigest()
 
 
 def check(root: Path) -> list[Fault]:
@@ -228,14 +263,13 @@ def check(root: Path) -> list[Fault]:
         if not any(file.is_file() for file in files):
             faults.append(Fault(f"image/{present[0]}/{row.index}.png", MISSING))
     for vendor in present:
-        files = [f"{row.index}.png" for row in rows if not row.fault]
-        with _quiet(), ThreadPoolExecutor(4) as pool:
-            found = pool.map(lambda name, vendor=vendor: _picture(root / "image" / vendor / name), files)
-            faults += [
-                Fault(f"image/{vendor}/{name}", what)
-                for name, what in zip(files, found, strict=True)
-                if isinstance(what, str) and what != MISSING
-            ]
+        files = _files(root, vendor, [row.index for row in rows if not row.fault])
+        found = _each(lambda file: what if isinstance(what := _picture(file), str) else "", files)
+        faults += [
+            Fault(f"image/{vendor}/{file.name}", what)
+            for file, what in zip(files, found, strict=True)
+            if what not in ("", MISSING)
+        ]
     return faults
 
 
@@ -327,28 +361,48 @@ def _read(
     root: Path, vendor: str, indexes: list[str], shape: tuple[int, int, int], decode: bool
 ) -> Iterator[tuple[np.ndarray | None, str]]:
     """Each picture and what is wrong with it, or ""; without `decode` only what its header tells."""
+    files = _files(root, vendor, indexes)
     if decode:
-        return zip(*_decoded(root, vendor, indexes, shape), strict=True)
-    paths = [root / "image" / vendor / f"{index}.png" for index in indexes]
-    with _quiet(), ThreadPoolExecutor(4) as pool:
-        found = pool.map(lambda path: _picture(path, whole=False), paths)
-        return iter([(None, what if isinstance(what, str) else "") for what in found])
+        return zip(*_decoded(files, shape), strict=True)
+    found = _each(lambda file: _picture(file, whole=False), files)
+    return iter([(None, what if isinstance(what, str) else "") for what in found])
 
 
-def _decoded(root: Path, vendor: str, indexes: list[str], shape: tuple[int, int, int]) -> tuple[np.ndarray, list[str]]:
+def _decoded(files: list[Path], shape: tuple[int, int, int]) -> tuple[np.ndarray, list[str]]:
     """uint8 [n, *shape], zero where there is a fault, and what each fault is or ""; from the cache if it is there."""
-    paths = [root / "image" / vendor / f"{index}.png" for index in indexes]
-    with _quiet(), ThreadPoolExecutor(4) as pool:
 
-        def decode() -> dict[str, np.ndarray]:
-            results = list(pool.map(lambda path: _fitted(path, shape), paths))
-            blank = np.zeros(shape, np.uint8)
-            images = [blank if isinstance(result, str) else result for result in results]
-            what = [result if isinstance(result, str) else "" for result in results]
-            return {"images": np.array(images, np.uint8).reshape(-1, *shape), "what": np.array(what, str)}
+    def decode() -> dict[str, np.ndarray]:
+        results = _each(lambda file: _fitted(file, shape), files)
+        blank = np.zeros(shape, np.uint8)
+        images = [blank if isinstance(result, str) else result for result in results]
+        what = [result if isinstance(result, str) else "" for result in results]
+        return {"images": np.array(images, np.uint8).reshape(-1, *shape), "what": np.array(what, str)}
 
-        arrays = cached("pictures", json.dumps([FORMAT, shape, list(pool.map(_digest, paths))]), decode)
+    arrays = cached("pictures", json.dumps([FORMAT, shape, _each(_digest, files)]), decode)
     return arrays["images"], arrays["what"].tolist()
+
+
+def _files(root: Path, vendor: str, indexes: list[str]) -> list[Path]:
+    folder = root / "image" / vendor
+    return [folder / f"{index}.png" for index in indexes]
+
+
+def _each(function: Callable[[Path], Any], files: list[Path]) -> list:
+    """The function of each file, by a few threads; a task for every file would cost as much as reading it."""
+    parts = [files[start : start + PART] for start in range(0, len(files), PART)]
+    with _quiet(), ThreadPoolExecutor(4) as pool:
+        return [result for part in pool.map(lambda part: [*map(function, part)], parts) for result in part]
+
+
+def _room(n: int, shape: tuple[int, int, int]) -> np.ndarray:
+    """uint8 [n, *shape], not yet written to, which takes no memory until it is.
+
+    It begins at a multiple of 64 bytes: on a CPU, JAX then uses it where it lies instead of copying it.
+    """
+    size = n * math.prod(shape)
+    memory = np.empty(size + 63, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].reshape(n, *shape)
 
 
 def _digest(path: Path) -> str:
@@ -404,24 +458,34 @@ def _fitted(path: Path, shape: tuple[int, int, int]) -> np.ndarray | str:
 
 def fit(picture: Image.Image, height: int, width: int, channels: int) -> np.ndarray:
     """An RGBA picture as uint8 [height, width, channels]: scaled to fit, centred and padded."""
-    rgba = np.asarray(picture, np.float32)
-    alpha = rgba[..., 3:]
-    premultiplied = np.concatenate([rgba[..., :3] * (alpha / 255), alpha], -1)
+    planes = np.asarray(picture).transpose(2, 0, 1).astype(np.float32, order="C")
+    planes[:3] *= planes[3] / 255
     scale = min(width / picture.width, height / picture.height)
     inner = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
     if inner != picture.size:
-        planes = [Image.fromarray(np.ascontiguousarray(premultiplied[..., c])) for c in range(4)]
-        premultiplied = np.stack([np.asarray(plane.resize(inner, Image.Resampling.LANCZOS)) for plane in planes], -1)
-    alpha = premultiplied[..., 3:]
-    colour = (premultiplied[..., :3] / np.maximum(alpha, 1e-6) * 255).clip(0, 255)  # where one rings, so does the other
+        planes = _resized(planes, *inner)
+    colour, alpha = planes[:3], planes[3]
     left, top = (width - inner[0]) // 2, (height - inner[1]) // 2
-    clear = np.array([255, 255, 255, 0], np.float32)
-    canvas = np.tile(clear, (height, width, 1))
-    canvas[top : top + inner[1], left : left + inner[0]] = np.concatenate([colour, alpha.clip(0, 255)], -1)
-    colour, alpha = canvas[..., :3], canvas[..., 3:]
+    canvas = np.full((4, height, width), 255, np.float32)
+    canvas[3] = 0
+    within = canvas[:, top : top + inner[1], left : left + inner[0]]
+    within[:3] = (colour / np.maximum(alpha, 1e-6) * 255).clip(0, 255)  # where one rings, so does the other
+    within[3] = alpha.clip(0, 255)
+    colour, alpha = canvas[:3], canvas[3]
     if channels == 4:
-        return np.rint(np.where(np.rint(alpha) > 0, canvas, clear[None, None])).astype(np.uint8)
-    on_white = colour * (alpha / 255) + (255 - alpha)
+        colour[:, np.rint(alpha) == 0] = 255
+        image = canvas.transpose(1, 2, 0)
+    else:
+        image = (colour * (alpha / 255) + (255 - alpha)).transpose(1, 2, 0)
     if channels == 1:
-        on_white = on_white @ np.array([[0.299], [0.587], [0.114]], np.float32)  # ITU-R BT.601 luma
-    return np.rint(on_white).astype(np.uint8)
+        image = np.ascontiguousarray(image) @ np.array([[0.299], [0.587], [0.114]], np.float32)  # ITU-R BT.601 luma
+    return np.rint(image).astype(np.uint8, order="C")
+
+
+def _resized(planes: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Float planes [4, h, w] scaled to [4, height, width]: all rows of all planes at once, then all columns."""
+    n, h, w = planes.shape
+    across = Image.fromarray(planes.reshape(n * h, w)).resize((width, n * h), Image.Resampling.LANCZOS)
+    beside = np.asarray(across).reshape(n, h, width).swapaxes(0, 1).reshape(h, n * width)
+    down = Image.fromarray(beside).resize((n * width, height), Image.Resampling.LANCZOS)
+    return np.asarray(down).reshape(height, n, width).swapaxes(0, 1)

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 import dataloader
+import dataset
 import packages
+import parallel
 from dataset import DatasetError, Pictures, variants
 from params import Params
 from text_encoder import TextEncoder
@@ -285,3 +287,12 @@ def test_captions_are_kept_to_the_tokens_that_the_longest_has(words, length):
     assert loaded.text_mask.shape == (2, length)
     assert loaded.null_emb.shape == (length, 1)
     assert loaded.text_mask.sum(axis=1).tolist() == [1, min(words, 20)]
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_a_cpu_trains_on_the_pictures_where_they_lie(tiny):
+    pictures = dataset.of(tiny)
+    loaded = parallel.replicated(dataloader.load(dataset.side(pictures, heldout=False), Numbers(), tiny))
+    np.testing.assert_array_equal(loaded.images, pictures.images)
+    if len(jax.devices()) == 1:
+        assert np.shares_memory(loaded.images, pictures.images)

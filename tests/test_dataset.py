@@ -1,8 +1,11 @@
 import base64
 import csv
 import dataclasses
+import hashlib
 import io
+import json
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -251,7 +254,7 @@ def lanczos(source, size):
     return weights / weights.sum(1, keepdims=True)
 
 
-@pytest.mark.parametrize(("source", "target"), [((40, 40), (16, 16)), ((13, 13), (31, 31)), ((72, 72), (64, 64))])
+@pytest.mark.parametrize(("source", "target"), [((40, 40), (16, 16)), ((13, 13), (31, 31)), ((72, 48), (42, 28))])
 def test_rgba_is_resized_premultiplied(tmp_path, source, target):
     draw = np.random.default_rng(0)
     rgba = draw.integers(0, 256, (*source, 4)).astype(np.uint8)
@@ -380,6 +383,13 @@ def test_a_cache_that_cannot_be_written_is_no_error(three, monkeypatch):
     assert len(load(three, vendor="Google", limit=0, **SMALL).names) == 3
 
 
+def test_the_fingerprint_is_what_earlier_checkpoints_carry(several):
+    pictures = load(several, vendor="One+Two", limit=0, **SMALL)
+    rows = [pictures.names, pictures.indexes, pictures.keywords, pictures.heldout.tolist()]
+    words = json.dumps([pictures.images.shape, *rows]).encode()
+    assert pictures.fingerprint == hashlib.sha256(words + pictures.images.tobytes()).hexdigest()
+
+
 def test_the_fingerprint_sees_captions_too(three):
     before = load(three, vendor="Google", limit=0, **SMALL).fingerprint
     (three / "full_emoji.csv").write_text("#,name\n1,red\n2,green\n3,navy\n")
@@ -459,6 +469,41 @@ def test_a_broken_picture_of_one_vendor_leaves_the_others(several):
     assert pictures.names[0] == "thing 1, Two style"
     with pytest.raises(DatasetError, match="1 of 8 rows and pictures"):
         load(several, vendor="One+Two", limit=0, **SMALL, max_bad=0.12)
+
+
+# Memory.
+
+
+def test_pictures_are_held_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "BLOCK", 8)
+    rows = [["#", "name"], *([i, "x"] for i in range(200))]
+    root = write(tmp_path, rows, {str(i): png((i, 0, 0, 255)) for i in range(200)})
+    size = {"height": 128, "width": 96, "channels": 3}
+    load(root, vendor="Google", limit=1, **size)  # what is imported on the way counts elsewhere
+    for _ in range(2):  # the second time from the cache
+        tracemalloc.start()
+        pictures = load(root, vendor="Google", limit=0, **size)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert pictures.images.nbytes == 200 * 128 * 96 * 3
+        assert peak < 1.2 * pictures.images.nbytes
+
+
+def test_each_side_of_a_split_is_a_stretch_of_one_array(several, tiny, monkeypatch):
+    monkeypatch.setattr(dataset, "BLOCK", 2)
+    config = dataclasses.replace(tiny, data=str(several), vendor="One+Two", H=8, W=8)
+    whole, sorted_ = load(several, vendor="One+Two", limit=0, **SMALL), dataset.of(config)
+    assert sorted_.fingerprint == whole.fingerprint
+    for which in (False, True):
+        here, there = dataset.side(sorted_, heldout=which), dataset.side(whole, heldout=which)
+        assert np.shares_memory(here.images, sorted_.images)
+        np.testing.assert_array_equal(here.images, there.images)
+        np.testing.assert_array_equal(here.heldout, there.heldout)
+        assert here[1:5] == there[1:5]
+
+
+def test_no_rows_are_no_pictures(three):
+    assert dataset.only(load(three, vendor="Google", limit=0, **SMALL), []).images.shape == (0, 8, 8, 3)
 
 
 # Pictures that stay on the disk.
