@@ -54,6 +54,31 @@ def conv(channels: int, out: int, rngs: nnx.Rngs, *, size: int = 3, strides: int
     return nnx.Conv(channels, out, (size, size), strides=strides, kernel_init=init, rngs=rngs)
 
 
+class Doubling(nnx.Conv):
+    """Nearest-neighbour upsampling by two, then a 3 × 3 convolution, in 4/9 of the arithmetic.
+
+    The three taps along a side see only two pixels that differ, so that two taps, their sums, do: others for the first
+    pixel of each pair than for the second. Four small convolutions of x, then, and their results interleaved.
+    """
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w out"]:
+        def pair(kernel: Array, axis: int) -> tuple[Array, Array]:
+            before, here, after = jnp.split(kernel, 3, axis)
+            first, second = (before, here + after), (before + here, after)
+            return jnp.concatenate(first, axis), jnp.concatenate(second, axis)
+
+        def convolved(kernel: Array, i: int, j: int) -> Array:
+            sides = ((1 - i, i), (1 - j, j))  # the first of a pair looks back, the second ahead
+            return jax.lax.conv_general_dilated(x, kernel, (1, 1), sides, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+        lines = (
+            jnp.stack([convolved(kernel, i, j) for j, kernel in enumerate(pair(of_rows, 1))], axis=3)
+            for i, of_rows in enumerate(pair(self.kernel[...], 0))
+        )
+        b, h, w, _ = x.shape
+        return jnp.stack(list(lines), axis=2).reshape(b, 2 * h, 2 * w, -1) + self.bias[...].reshape(1, 1, 1, -1)
+
+
 class TimestampNet(nnx.Module):
     """The step t as a vector: sinusoidal embedding, then an MLP."""
 
@@ -181,7 +206,7 @@ class UNet(nnx.Module):
                 self.up[last - level].append(stage(channels + skips.pop(), dim, level))
                 channels = dim
             if level > 0:
-                self.double.append(conv(dim, dim, rngs))
+                self.double.append(Doubling(dim, dim, (3, 3), rngs=rngs))
 
         self.exit_norm = GroupNorm(channels)
         self.exit = conv(channels, pixels, rngs, zero=True)
@@ -221,7 +246,7 @@ class UNet(nnx.Module):
             for stage in stages:
                 x = stage(jnp.concatenate([x, skips.pop()], axis=-1), condition, text, text_mask, chance)
             if level < len(self.double):
-                x = self.double[level](x.repeat(2, axis=1).repeat(2, axis=2))
+                x = self.double[level](x)
 
         return unpatchify(self.exit(silu(x, *self.exit_norm.affine(x))), self.patch)
 

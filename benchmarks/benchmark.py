@@ -1,13 +1,19 @@
-"""How fast a preset trains, beside what this machine could do: `python benchmarks/benchmark.py [PRESET]`.
+"""How fast this project is beside what the machine can do: `python benchmarks/benchmark.py [PRESET …] [--peer PYTHON]`.
 
-In one run: the float32 matrix-product rate (the ceiling), the training step and its share of that ceiling, beside it a
-bare step (gradient and AdamW: no averages, no records, no guard against what is not finite), the data path alone and
-its share of the step, drawing one guided picture and as many bare evaluations of the network. Rounds of
-all of them alternate and medians are reported, so that a machine whose speed drifts bends no ratio. FLOPs are those of
-the forward pass as XLA counts them, times three for a training step. Then whole processes: `train.py --help`, and where
-there is a checkpoint in models_vA0/final, `test.py` with no program compiled yet and with all of them on disk.
+    machine   the float32 matrix-product rate (the ceiling) and the rate at which memory is copied
+    presets   a training step, its parts, its memory and compilation; a bare step without averages, records and guard;
+              a guided picture by each solver; bare evaluations of the network beside it
+    data      the default pictures decoded for the first time and read from .cache; captions encoded
+    start     whole processes: `train.py --help`; and with a checkpoint in models_vA0/final, test.py with no program
+              compiled yet and with all of them on disk; from nothing to a drawn picture, import by import
+    peer      with --peer PYTHON, diffusers on torch beside the first preset, at equal FLOPs: see peer.py
+
+Everything in one run. Rounds of all that is timed alternate and medians are reported, so that a machine whose speed
+drifts bends no ratio. FLOPs are those of matrix products and convolutions, counted in the program (count.py): a
+multiply-add is two, a tap on the padding counts. The numbers go to benchmarks/benchmark.json.
 """
 
+import argparse
 import json
 import os
 import statistics
@@ -24,53 +30,63 @@ import jax
 import jax.numpy as jnp
 import made_up
 import optax
+from count import count_flops
 from flax import nnx
 
 import dataloader
+import dataset
 import device
+import packages
 import schedule as schedules
 import training
 from model import network
 from params import PRESETS, Params
 from pipeline import STEPS
+from samplers import SOLVERS
+from text_encoder import TextEncoder
 
 ROOT = Path(__file__).resolve().parent.parent
-ROUNDS = 7
+SIZE = 3072  # rows and columns of the matrices
+ENOUGH = 1824  # pictures, as many as the default dataset trains on
+CAPTIONS = 256  # encoded to time it
+FROM_NOTHING = """
+import json, time
+marks = {"before": time.perf_counter()}
+def mark(name): marks[name] = time.perf_counter()
+import numpy; mark("numpy")
+import jax; mark("jax")
+from flax import nnx; mark("flax")
+from pipeline import DiffusionPipeline; mark("this project and orbax")
+pipeline = DiffusionPipeline("models_vA0/final"); mark("checkpoint and text encoder")
+pipeline.generate_arrays(["cat face"]); mark("first picture")
+pipeline.generate_arrays(["red heart"]); mark("second picture")
+names = list(marks)
+print(json.dumps({b: marks[b] - marks[a] for a, b in zip(names, names[1:])}))
+"""
 
 
-def seconds(function, *args) -> float:
+def seconds(function: Callable, *args) -> float:
     start = time.perf_counter()
     jax.block_until_ready(function(*args))
     return time.perf_counter() - start
 
 
-def process(*words: str, **environment: str) -> float:
-    """Seconds from the start of a script of this project to its end."""
-    start = time.perf_counter()
-    command = [sys.executable, str(ROOT / words[0]), *words[1:]]
-    subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - start
+def medians(functions: dict[str, Callable], rounds: int) -> dict[str, float]:
+    """Seconds of each, one of each in turn, after a first that is untimed."""
+    times = [{name: seconds(function) for name, function in functions.items()} for _ in range(1 + rounds)][1:]
+    return {name: statistics.median(each[name] for each in times) for name in functions}
 
 
-def processes() -> dict[str, float]:
-    """Medians of five `--help`s, and one cold and three warm runs of test.py."""
-    result = {"help_seconds": statistics.median(process("train.py", "--help") for _ in range(5))}
-    if (ROOT / "models_vA0" / "final").is_dir():
-        with tempfile.TemporaryDirectory() as folder:
-            own = {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
-            draw = ("test.py", "--output", f"{folder}/pictures")
-            result["test_cold_seconds"] = process(*draw, **own)
-            result["test_warm_seconds"] = statistics.median(process(*draw, **own) for _ in range(3))
-    return result
+# A preset.
 
 
-def bare_step(config: Params, graphdef: nnx.GraphDef) -> Callable:
-    """What is left of the training step without averages, records and guard."""
+def bare_step(config: Params, graphdef: nnx.GraphDef, data: dataloader.Data, keys: training.Keys) -> Callable:
+    """A training step without averages, records and guard, and optax's AdamW; it keeps its own state."""
     schedule = schedules.of(config)
     adamw = optax.adamw(config.learning_rate, weight_decay=config.weight_decay)
     optimizer = optax.chain(optax.clip_by_global_norm(config.clip), adamw)
 
-    def step(state: tuple, data: dataloader.Data, keys: training.Keys) -> tuple[tuple, jax.Array]:
+    def step(state: tuple) -> tuple[tuple, jax.Array]:
         weights, optimizer_state, number = state
         batch = dataloader.batch_of(data, keys.order, keys.dropout, number, config)
         t_key, noise_key = jax.random.split(jax.random.fold_in(keys.noise, number))
@@ -82,108 +98,210 @@ def bare_step(config: Params, graphdef: nnx.GraphDef) -> Callable:
 
         loss, gradient = jax.value_and_grad(objective)(weights)
         updates, optimizer_state = optimizer.update(gradient, optimizer_state, weights)
-        weights = optax.apply_updates(weights, updates)
-        return (weights, optimizer_state, number + 1), loss
+        return (optax.apply_updates(weights, updates), optimizer_state, number + 1), loss
 
-    return jax.jit(step, donate_argnums=0)
+    compiled = jax.jit(step, donate_argnums=0)
+    weights = training.init(config, made_up.TEXT_DIM, jax.random.key(0)).weights
+    state = (weights, optimizer.init(weights), jnp.int32(0))
+
+    def run() -> jax.Array:
+        nonlocal state
+        state, loss = compiled(state)
+        return loss
+
+    return run
 
 
-def main() -> None:
-    device.reserve_memory()
-    name = sys.argv[1] if len(sys.argv) > 1 else "quick"
-    if name in ("-h", "--help"):
-        sys.exit(__doc__)
-    if name not in PRESETS:
-        sys.exit(f"no preset {name!r} (presets: {', '.join(PRESETS)})")
-    config = PRESETS[name]
+def preset(config: Params, rounds: int) -> dict:
+    """Everything about one preset, beside the ceilings of the same rounds."""
     _, keys = training.streams(0)
-    pictures = config.MAX_INDEX or 1824
-    data = made_up.data(config, pictures)
+    data = made_up.data(config, config.MAX_INDEX or ENOUGH)
     graphdef = training.structure(config, made_up.TEXT_DIM)
     state = training.init(config, made_up.TEXT_DIM, jax.random.key(0))
+    weights = jax.tree.map(jnp.copy, state.weights)  # the state's own buffers are taken by its first step
     step = training.build_train_step(config, graphdef)
-    batch = jax.jit(
-        lambda data, keys, step: dataloader.sample_batch(
-            data, keys.order, keys.dropout, step, B=config.B, embedding_dropout=config.embedding_dropout
-        )
-    )
-    draw = made_up.drawer(config, graphdef, data, pictures=1, sampler="dpmpp_2m", steps=STEPS)
-    forward = jax.jit(lambda weights, *inputs: network(config, graphdef, weights)(*inputs))
-    first = batch(data, keys, jnp.int32(0))
+    flops = count_flops(jax.make_jaxpr(step)(state, data, keys).jaxpr)
+    jax.clear_caches()
+    start = time.perf_counter()
+    compiled = step.lower(state, data, keys).compile()
+    cold = time.perf_counter() - start
+    jax.clear_caches()
+    start = time.perf_counter()
+    training.build_train_step(config, graphdef).lower(state, data, keys).compile()
+    cached = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+
+    batch = jax.jit(lambda number: dataloader.batch_of(data, keys.order, keys.dropout, number, config))
+    first = batch(jnp.int32(0))
     inputs = (first.image, jnp.ones(config.B, jnp.int32), first.text_emb, first.text_mask)
-    flops = forward.lower(state.weights, *inputs).cost_analysis()["flops"]
-
-    matrix = jnp.ones((3072, 3072))
-    product = jax.jit(jnp.matmul)
     one = tuple(array[:1] for array in inputs)
+    forward = jax.jit(lambda weights, *inputs: network(config, graphdef, weights)(*inputs))
+    gradient = jax.jit(jax.grad(lambda weights, *inputs: (forward(weights, *inputs) ** 2).mean()))
+    moments = training.Moments(weights, weights, jnp.int32(1))
+    optimizer = jax.jit(lambda weights: training.adamw(weights, moments, jnp.float32(1e-4), config.weight_decay))
+    entering = jax.jit(lambda weights: training.moments_after(moments, weights))
+    averages = training.Averages(weights, weights)
+    averaging = jax.jit(lambda weights: training.averages(averages, weights, jnp.int32(1), config))
+    host = []
 
-    def draw_one() -> jax.Array:
-        return draw(state.ema.short)
+    def train() -> jax.Array:
+        nonlocal state
+        start = time.perf_counter()
+        state, loss = compiled(state, data, keys)
+        host.append(time.perf_counter() - start)
+        return jax.block_until_ready((state.weights, loss))
 
     def evaluations() -> None:
         """As many bare evaluations of the network on one picture as a guided drawing needs."""
         for _ in range(2 * STEPS):
-            forward(state.weights, *one).block_until_ready()
+            forward(weights, *one).block_until_ready()
 
-    compile_seconds = seconds(lambda: step(state, data, keys))
-    state = training.init(config, made_up.TEXT_DIM, jax.random.key(0))  # the call has taken the old one's buffers
-    state, _ = step(state, data, keys)
-    for function, args in (
-        (product, (matrix, matrix)),
-        (batch, (data, keys, jnp.int32(0))),
-        (draw_one, ()),
-        (evaluations, ()),
-        (forward, (state.weights, *inputs)),
-    ):
-        seconds(function, *args)
-
-    bare = bare_step(config, graphdef)
-    other = training.init(config, made_up.TEXT_DIM, jax.random.key(0))
-    bare_state, _ = bare((other.weights, other.optimizer, other.step), data, keys)
-
-    times = {part: [] for part in ("product", "step", "bare", "forward", "batch", "draw", "evaluations")}
-    for number in range(ROUNDS):
-        times["product"].append(seconds(product, matrix, matrix))
-        for _ in range(5):
-            start = time.perf_counter()
-            state, loss = step(state, data, keys)
-            loss.block_until_ready()
-            times["step"].append(time.perf_counter() - start)
-            start = time.perf_counter()
-            bare_state, loss = bare(bare_state, data, keys)
-            loss.block_until_ready()
-            times["bare"].append(time.perf_counter() - start)
-        times["forward"].append(seconds(forward, state.weights, *inputs))
-        times["batch"].append(seconds(batch, data, keys, jnp.int32(number)))
-        times["draw"].append(seconds(draw_one))
-        times["evaluations"].append(seconds(evaluations))
-    median = {part: statistics.median(each) for part, each in times.items()}
-
-    ceiling = 2 * 3072**3 / median["product"]
-    result = {
-        "preset": name,
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "parameters_million": sum(leaf.size for leaf in jax.tree.leaves(state.weights)) / 1e6,
-        "ceiling_gflops": ceiling / 1e9,
-        "step_seconds": median["step"],
-        "images_per_second": config.B / median["step"],
-        "step_gflops": 3 * flops / median["step"] / 1e9,
-        "step_share_of_ceiling": 3 * flops / median["step"] / ceiling,
-        "step_over_bare_step": statistics.median(a / b for a, b in zip(times["step"], times["bare"], strict=True)),
-        "forward_share_of_ceiling": flops / median["forward"] / ceiling,
-        "data_share_of_step": median["batch"] / median["step"],
-        "draw_guided_seconds": median["draw"],
-        "draw_guided_steps": STEPS,
-        "draw_over_bare_evaluations": median["draw"] / median["evaluations"],
-        "compile_seconds": compile_seconds,
-        **processes(),
+    draws = {
+        f"draw {name}": made_up.drawer(config, graphdef, data, pictures=1, sampler=name, steps=STEPS)
+        for name in SOLVERS
     }
-    for label, value in result.items():
-        print(f"{label:32}{value:10.4g}" if isinstance(value, float) else f"{label:32}{value:>10}")
-    path = Path(__file__).with_name(f"{name}.json")
+    functions = ceilings() | {
+        "step": train,
+        "bare step": bare_step(config, graphdef, data, keys),
+        "forward": lambda: forward(weights, *inputs),
+        "gradient": lambda: gradient(weights, *inputs),
+        "moments": lambda: entering(weights),
+        "weights": lambda: optimizer(weights),
+        "averages": lambda: averaging(weights),
+        "batch": lambda: batch(jnp.int32(1)),
+        "evaluations": evaluations,
+        **{name: lambda draw=draw: draw(weights) for name, draw in draws.items()},
+    }
+    took = medians(functions, rounds)
+    ceiling = 2 * SIZE**3 / took["product"]
+    return {
+        "batch": config.B,
+        "parameters_million": sum(leaf.size for leaf in jax.tree.leaves(weights)) / 1e6,
+        "gflop_per_picture": flops / config.B / 1e9,
+        "ceiling_gflops": ceiling / 1e9,
+        "step_seconds": took["step"],
+        "pictures_per_second": config.B / took["step"],
+        "step_gflops": flops / took["step"] / 1e9,
+        "step_share_of_ceiling": flops / took["step"] / ceiling,
+        "step_over_bare_step": took["step"] / took["bare step"],
+        "step_memory_gib": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**30,
+        "compile_seconds": cold,
+        "compile_seconds_from_cache": cached,
+        "parts_of_step_alone": {
+            "forward": took["forward"] / took["step"],
+            "backward": (took["gradient"] - took["forward"]) / took["step"],
+            "optimizer": (took["moments"] + took["weights"]) / took["step"],
+            "averages": took["averages"] / training.EMA_EVERY / took["step"],
+            "batch": took["batch"] / took["step"],
+            "host, before it may go on": statistics.median(host) / took["step"],
+        },
+        "forward_share_of_ceiling": count_flops(jax.make_jaxpr(forward)(weights, *inputs).jaxpr)
+        / (took["forward"] * ceiling),
+        "draw_guided_steps": STEPS,
+        "draw_guided_seconds": {name.split()[1]: took[name] for name in draws},
+        "draw_over_bare_evaluations": took["draw dpmpp_2m"] / took["evaluations"],
+    }
+
+
+# The machine, the data and whole processes.
+
+
+def ceilings() -> dict[str, Callable]:
+    matrix, product = jnp.ones((SIZE, SIZE)), jax.jit(jnp.matmul)
+    much, copy = jnp.ones(2**26), jax.jit(lambda much: much + 1)  # 256 MiB, read and written
+    return {"product": lambda: product(matrix, matrix), "copy": lambda: copy(much)}
+
+
+def preparation(config: Params) -> dict[str, float]:
+    """Pictures and captions per second, with nothing in .cache and with everything there."""
+    pictures = dataset.of(config)
+    encoder, names = TextEncoder(config.encoder), pictures.names[:CAPTIONS]
+    kept = packages.CACHE
+    with tempfile.TemporaryDirectory() as folder:
+        packages.CACHE = Path(folder)
+        cold, warm = (seconds(dataset.of, config) for _ in range(2))
+        encoder(names, config.TEXT_LEN)  # compiles
+        first, again = (seconds(dataloader.encode, encoder, names, config.TEXT_LEN) for _ in range(2))
+        packages.CACHE = kept
+    n = len(pictures.names)
+    per_second = {"pictures_decoded": n / cold, "pictures_from_cache": n / warm}
+    return per_second | {"captions_encoded": len(names) / first, "captions_from_cache": len(names) / again}
+
+
+def process(*words: str, **environment: str) -> tuple[float, str]:
+    """Seconds from the start of a Python process in this project to its end, and what it printed."""
+    start = time.perf_counter()
+    environment = {**os.environ, **environment}
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE)
+    return time.perf_counter() - start, done.stdout.decode()
+
+
+def processes(rounds: int) -> dict:
+    result = {"help_seconds": statistics.median(process("train.py", "--help")[0] for _ in range(rounds))}
+    if not (ROOT / "models_vA0" / "final").is_dir():
+        return result
+    with tempfile.TemporaryDirectory() as folder:
+        own = {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+        grid, one = ("test.py", "--output", folder), ("test.py", "--output", folder, "--prompts", "cat face")
+        result["test_cold_seconds"] = process(*grid, **own)[0]
+        process(*one, **own)
+        marks = []
+        for name, words in (("test_warm_seconds", grid), ("test_warm_seconds_one_prompt", one)):
+            result[name] = statistics.median(process(*words, **own)[0] for _ in range(rounds))
+        for _ in range(rounds):
+            marks.append(json.loads(process("-c", FROM_NOTHING, **own)[1]))
+    result["from_nothing_seconds"] = {name: statistics.median(mark[name] for mark in marks) for name in marks[0]}
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("presets", nargs="*", metavar="PRESET", help=f"among {', '.join(PRESETS)} (quick cpu)")
+    parser.add_argument("--rounds", type=int, default=15, help="of everything that is timed (15)")
+    parser.add_argument("--peer", metavar="PYTHON", help="Python of the peer's virtual environment, see peer.py")
+    options = parser.parse_args()
+    names = options.presets or ["quick", "cpu"]
+    if unknown := set(names) - set(PRESETS):
+        parser.error(f"no preset {', '.join(sorted(unknown))} (presets: {', '.join(PRESETS)})")
+    if options.rounds < 3:
+        parser.error(f"--rounds {options.rounds}: give 3 or more")
+    device.reserve_memory()
+    with tempfile.TemporaryDirectory() as folder:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        took = medians(ceilings(), options.rounds)
+        result = {
+            "machine": {
+                "device": jax.devices()[0].device_kind,
+                "cores": os.cpu_count(),
+                "jax": jax.__version__,
+                "product_gflops": 2 * SIZE**3 / took["product"] / 1e9,
+                "copy_gigabytes": 2 * 2**28 / took["copy"] / 1e9,
+            },
+            "presets": {name: preset(PRESETS[name], options.rounds) for name in names},
+        }
+    result |= {"data_per_second": preparation(PRESETS["cpu"]), "start": processes(5)}
+    if options.peer:
+        path = Path(__file__).with_name(f"peer-{names[0]}.json")
+        process(str(path.with_name("peer.py")), names[0], "--python", options.peer, "--pictures", "1", "--steps", "20")
+        result["peer"] = json.loads(path.read_text())["peer_seconds_over_ours"]
+    show(result)
+    path = Path(__file__).with_suffix(".json")
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"{path} written")
+
+
+def show(result: dict, indent: str = "") -> None:
+    for name, value in result.items():
+        if isinstance(value, dict):
+            print(f"{indent}{name}")
+            show(value, indent + "  ")
+        else:
+            print(
+                f"{indent}{name:{40 - len(indent)}}{value:.4g}"
+                if isinstance(value, float)
+                else f"{indent}{name:{40 - len(indent)}}{value}"
+            )
 
 
 if __name__ == "__main__":
