@@ -7,10 +7,10 @@ batch takes three steps, so that `stream` can do the second one from the disk:
     gather     these pictures and captions
     finish     some captions replaced by the empty one, pictures as floats
 
-An epoch is one pass over the concepts, the rows of the CSV: pass number e runs through permutation(fold_in(key, e)).
-Where several vendors draw a concept they take turns from pass to pass, so that each is seen equally often, and a
-concept that all of them draw no oftener than one that a single one draws. Nothing has to be saved to go on where a run
-stopped.
+An epoch is one pass over the concepts, the rows of the CSV, in an order of its own. The order is never laid out: which
+concept comes at a place costs as much in a set of a hundred as in one of a million. Where several vendors draw a
+concept they take turns from pass to pass, so that each is seen equally often, and a concept that all of them draw no
+oftener than one that a single one draws. Nothing has to be saved to go on where a run stopped.
 """
 
 import json
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8, UInt32
 
 import dataset
 from cache import cached
@@ -27,6 +27,7 @@ from dataset import Pictures
 from params import Params
 from text_encoder import TextEncoder
 
+ROUNDS = 32  # of a shuffle: a place is left where it was with probability 2^-32
 NO_PASS = 2**32 - 1  # folded into the order's key for what is not the order of a pass
 
 
@@ -118,31 +119,42 @@ def enough(text_mask: Bool[np.ndarray, "n l"]) -> int:
 def order(key: Key[Array, ""], step: Int[Array, ""], *, n: int, B: int) -> Int[Array, "B"]:
     """Which B of n concepts a step sees: each once per pass, every pass shuffled anew."""
     place = step * B + jnp.arange(B)
-    first = place[0] // n
-    passes = first + jnp.arange((B - 1) // n + 2)  # as many as one batch can touch
-    orders = jax.vmap(lambda e: shuffled(key, e, n))(passes)
-    return orders[place // n - first, place % n]
+    return jax.vmap(lambda e, place: shuffled(jax.random.fold_in(key, e), place, n))(place // n, place % n)
 
 
-def shuffled(key: Key[Array, ""], e: Int[Array, ""], n: int) -> Int[Array, "n"]:
-    """The order of pass number e."""
-    return jax.random.permutation(jax.random.fold_in(key, e), n)
+def shuffled(key: Key[Array, ""], place: Int[Array, ""], n: int) -> Int[Array, ""]:
+    """Where a random permutation of 0 … n - 1 takes one of them, without the others (swap or not: Hoang et al. 2012).
+
+    Each round mirrors all places about a random centre; a place and its image are swapped if the coin of the higher
+    one says so.
+    """
+    centre_key, coin_key = jax.random.split(key)
+    centres = jax.random.randint(centre_key, (ROUNDS,), 0, n)
+    coins = jax.random.bits(coin_key, (ROUNDS,))
+    for r in range(ROUNDS):
+        image = (centres[r] - place) % n
+        coin = mixed(jnp.maximum(place, image).astype(jnp.uint32) ^ coins[r]) >> 31
+        place = jnp.where(coin == 1, image, place)
+    return place
+
+
+def mixed(bits: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    """Every bit of the result depends on all of them (the last step of MurmurHash3, Appleby 2011)."""
+    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
+    bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
+    return bits ^ (bits >> 16)
 
 
 def choices(
-    index: Index,
-    key: Key[Array, ""],
-    step: Int[Array, ""],
-    concepts: Int[Array, "B"],
-    passes: Int[Array, "B"],
-    *,
-    caption_variants: float,
+    index: Index, key: Key[Array, ""], step: Int[Array, ""], *, B: int, caption_variants: float
 ) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
-    """The picture and the caption to show of each concept, as rows.
+    """The pictures and the captions that a step shows, as rows.
 
-    Its vendors take turns from pass to pass; with probability caption_variants one of a picture's other captions is
-    taken, if it has any.
+    The vendors of a concept take turns from pass to pass; with probability caption_variants one of a picture's other
+    captions is taken, if it has any.
     """
+    n = len(index.pictures)
+    concepts, passes = order(key, step, n=n, B=B), (step * B + jnp.arange(B)) // n
     drawn = index.pictures[concepts]
     turn = (concepts + passes) % (drawn >= 0).sum(axis=1)  # half of the concepts begin with the other one of two
     rows = jnp.take_along_axis(drawn, turn[:, None], axis=1)[:, 0]
@@ -184,9 +196,7 @@ def sample_batch(
     caption_variants: float = 0.0,
 ) -> Batch:
     """The batch of a step, from data on the device."""
-    n = len(data.index.pictures)
-    concepts, passes = order(order_key, step, n=n, B=B), (step * B + jnp.arange(B)) // n
-    rows, texts = choices(data.index, order_key, step, concepts, passes, caption_variants=caption_variants)
+    rows, texts = choices(data.index, order_key, step, B=B, caption_variants=caption_variants)
     return finish(gather(data, rows, texts), dropout_key, step, embedding_dropout=embedding_dropout)
 
 

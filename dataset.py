@@ -26,7 +26,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -57,11 +57,14 @@ class Pictures(NamedTuple):
     images: np.ndarray | None  # uint8 [N, H, W, C]; None where they stay on the disk
     names: list[str]  # the captions
     indexes: list[str]  # the `#` of each: the same for every vendor's picture of one row, and these stand together
-    files: list[Path]
+    folders: list[Path]  # of each, its vendor's; not a hundred thousand whole paths
     keywords: list[str]  # "face, happy, joy", or ""
     heldout: np.ndarray  # bool [N]
     faults: list[Fault]
-    fingerprint: str  # SHA-256 of all of the above but the files; of all but the pixels where they stay there
+    fingerprint: str  # SHA-256 of all of the above but the folders; of files' names where pictures stay on the disk
+
+    def file(self, row: SupportsIndex) -> Path:
+        return self.folders[row] / f"{self.indexes[row]}.png"
 
 
 class Row(NamedTuple):
@@ -143,11 +146,11 @@ def load(
         )
     names = [styled(row.name, one) if len(wanted) > 1 else row.name for row, one in kept]
     indexes, keywords = [row.index for row, _ in kept], [row.keywords for row, _ in kept]
-    folders = {one: root / "image" / one for one in wanted}
-    files = [folders[one] / f"{row.index}.png" for row, one in kept]
+    folder = {one: root / "image" / one for one in wanted}
+    folders = [folder[one] for _, one in kept]
     heldout = np.array([row.heldout for row, _ in kept])
     images = images[: len(kept)] if decode else None
-    pictures = Pictures(images, names, indexes, files, keywords, heldout, faults, "")
+    pictures = Pictures(images, names, indexes, folders, keywords, heldout, faults, "")
     return pictures._replace(fingerprint=_fingerprint(pictures, pixels=decode))
 
 
@@ -194,7 +197,7 @@ def only(pictures: Pictures, rows) -> Pictures:
     together = len(rows) > 0 and (np.diff(rows) == 1).all()
     part = slice(rows[0], rows[-1] + 1) if together else rows
     images = None if pictures.images is None else pictures.images[part]
-    fields = ("names", "indexes", "files", "keywords")
+    fields = ("names", "indexes", "folders", "keywords")
     lists = {field: [getattr(pictures, field)[row] for row in rows] for field in fields}
     return pictures._replace(images=images, heldout=pictures.heldout[rows], **lists)
 
@@ -210,16 +213,16 @@ def variants(pictures: Pictures) -> list[list[str]]:
     Of "face, joy, smile" for "cat" these are "cat, face", "joy" and "cat, smile"; with several vendors each says whose
     style it is. Raises DatasetError where no picture has a keyword.
     """
-    several = len({file.parent for file in pictures.files}) > 1
+    several = len(set(pictures.folders)) > 1
     found = []
-    for name, keywords, file in zip(pictures.names, pictures.keywords, pictures.files, strict=True):
-        name = name.removesuffix(styled("", file.parent.name)) if several else name
+    for name, keywords, folder in zip(pictures.names, pictures.keywords, pictures.folders, strict=True):
+        name = name.removesuffix(styled("", folder.name)) if several else name
         words = {word.strip().lower(): word.strip() for word in keywords.split(",")}
         words = [word for lower, word in words.items() if lower not in name.lower()]
         count = min(VARIANTS, len(words))
         spread = [words[i * len(words) // count] for i in range(count)]
         texts = [word if i % 2 else f"{name}, {word}" for i, word in enumerate(spread)]
-        found.append([styled(text, file.parent.name) if several else text for text in texts])
+        found.append([styled(text, folder.name) if several else text for text in texts])
     if not any(found):
         raise DatasetError(
             f"no picture to train on has a keyword beyond its name in {CSV}, and --caption_variants needs some: fill "
@@ -244,7 +247,8 @@ def _fingerprint(pictures: Pictures, *, pixels: bool) -> str:
 
     The latter decodes nothing, and stays the same where a broken picture was replaced by a good one.
     """
-    of = pictures.images.shape if pixels else [f"{file.parent.name}/{file.name}" for file in pictures.files]
+    names = (f"{folder.name}/{index}.png" for folder, index in zip(pictures.folders, pictures.indexes, strict=True))
+    of = pictures.images.shape if pixels else [*names]
     words = json.dumps([of, pictures.names, pictures.indexes, pictures.keywords, pictures.heldout.tolist()])
     digest = hashlib.sha256(words.encode())
     if pixels:

@@ -92,7 +92,7 @@ def build_watch(
     rows = np.linspace(0, len(unseen.names), n, endpoint=False).astype(int)
     shape = (config.H, config.W, config.CHANNELS)
     held = unseen.images is not None
-    images = unseen.images[rows] if held else np.stack([decoded(unseen.files[row], shape) for row in rows])
+    images = unseen.images[rows] if held else np.stack([decoded(unseen.file(row), shape) for row in rows])
     text = dataloader.encode(encoder, [unseen.names[row] for row in rows], config.TEXT_LEN)
     losses = build_losses(config, graphdef)
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 import jax
 import numpy as np
@@ -35,14 +35,13 @@ from text_encoder import CHUNK, TextEncoder
 AHEAD = 4  # batches that are read before they are asked for
 PART = 64 * CHUNK  # captions encoded together
 
-_shuffled = jax.jit(dataloader.shuffled, static_argnames="n")
-_choices = jax.jit(dataloader.choices, static_argnames="caption_variants")
+_choices = jax.jit(dataloader.choices, static_argnames=("B", "caption_variants"))
 
 
 class Stream(NamedTuple):
     """A dataset on the disk."""
 
-    files: list[Path]
+    file: Callable[[SupportsIndex], Path]  # of a row
     shape: tuple[int, int, int]  # height, width, channels
     captions: np.ndarray  # [1 + m] of `emb` and `mask`, mapped into memory; the empty caption first
     index: Index
@@ -52,7 +51,7 @@ def load(pictures: Pictures, encoder: TextEncoder, config: Params) -> Stream:
     """What `dataloader.load` puts on the device, left on the disk; raises DatasetError where that cannot be."""
     texts, index = dataloader.captions(pictures, config.caption_variants)
     captions = encoded(encoder, ["", *texts], config.TEXT_LEN)
-    return Stream(pictures.files, (config.H, config.W, config.CHANNELS), captions, index)
+    return Stream(pictures.file, (config.H, config.W, config.CHANNELS), captions, index)
 
 
 def encoded(encoder: TextEncoder, texts: list[str], length: int) -> np.ndarray:
@@ -102,7 +101,7 @@ def batches(
         rows, texts = chosen(place // len(numbers))
         number = numbers[place % len(numbers)]
         caption = source.captions[1 + texts[number]]
-        return decoded(source.files[rows[number]], source.shape), caption["emb"], caption["mask"]
+        return decoded(source.file(rows[number]), source.shape), caption["emb"], caption["mask"]
 
     warnings.filterwarnings("ignore", module=r"PIL\.")  # advice about odd files; filters are not of a thread
     threads = min(16, 2 * (os.cpu_count() or 1))
@@ -120,25 +119,15 @@ def batches(
 def chooser(
     source: Stream, order_key: Key[Array, ""], config: Params
 ) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
-    """step -> the rows of the pictures and of the captions that it shows, for threads to ask.
-
-    The order of a pass is made once, not once per step: a pass over a large set is long.
-    """
+    """step -> the rows of the pictures and of the captions that it shows, for threads to ask."""
     host = jax.local_devices(backend="cpu")[0]  # the other device is busy
     index, key = jax.device_put((source.index, order_key), host)
-    n, B = len(index.pictures), config.B
     lock = threading.Lock()
-
-    @lru_cache(4 + B // n)
-    def order(e: int) -> np.ndarray:
-        return np.asarray(_shuffled(key, e, n=n))
 
     @lru_cache(AHEAD + 20)
     def chosen(step: int) -> tuple[np.ndarray, np.ndarray]:
-        passes, places = np.divmod(step * B + np.arange(B), n)
-        concepts = np.array([order(int(e))[place] for e, place in zip(passes, places, strict=True)])
-        numbers = concepts, passes.astype(np.int32)
-        return tuple(map(np.asarray, _choices(index, key, step, *numbers, caption_variants=config.caption_variants)))
+        rows = _choices(index, key, step, B=config.B, caption_variants=config.caption_variants)
+        return tuple(map(np.asarray, rows))
 
     def asked(step: int) -> tuple[np.ndarray, np.ndarray]:
         with lock:

@@ -72,8 +72,13 @@ def seconds(function: Callable, *args) -> float:
 
 
 def medians(functions: dict[str, Callable], rounds: int) -> dict[str, float]:
-    """Seconds of each, one of each in turn, after a first that is untimed."""
-    times = [{name: seconds(function) for name, function in functions.items()} for _ in range(1 + rounds)][1:]
+    """Seconds of each, one of each in turn, right after an untimed one: caches hold what they hold in a loop of it."""
+    times = []
+    for _ in range(rounds):
+        times.append({})
+        for name, function in functions.items():
+            seconds(function)
+            times[-1][name] = seconds(function)
     return {name: statistics.median(each[name] for each in times) for name in functions}
 
 
@@ -257,7 +262,7 @@ def processes(rounds: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("presets", nargs="*", metavar="PRESET", help=f"among {', '.join(PRESETS)} (quick cpu)")
-    parser.add_argument("--rounds", type=int, default=15, help="of everything that is timed (15)")
+    parser.add_argument("--rounds", type=int, default=11, help="of everything that is timed (11)")
     parser.add_argument("--peer", metavar="PYTHON", help="Python of the peer's virtual environment, see peer.py")
     options = parser.parse_args()
     names = options.presets or ["quick", "cpu"]
@@ -279,8 +284,9 @@ def main() -> None:
                 "copy_gigabytes": 2 * 2**28 / took["copy"] / 1e9,
             },
             "presets": {name: preset(PRESETS[name], options.rounds) for name in names},
+            "data_per_second": preparation(PRESETS["cpu"]),
+            "start": processes(5),
         }
-    result |= {"data_per_second": preparation(PRESETS["cpu"]), "start": processes(5)}
     if options.peer:
         path = Path(__file__).with_name(f"peer-{names[0]}.json")
         process(str(path.with_name("peer.py")), names[0], "--python", options.peer, "--pictures", "1", "--steps", "20")

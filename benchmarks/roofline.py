@@ -95,8 +95,9 @@ def main() -> None:
         sys.exit(f"no preset {', '.join(sorted(unknown))} (presets: {', '.join(PRESETS)})")
     print("| preset, batch | in | TFLOP | GB | operations | ms at least | pictures/s at most | compute-bound |")
     print("|---|---|---|---|---|---|---|---|")
+    found = {}
     for name in names:
-        rows = {arithmetic: roofline(PRESETS[name], arithmetic) for arithmetic in PEAKS}
+        found[name] = rows = {arithmetic: roofline(PRESETS[name], arithmetic) for arithmetic in PEAKS}
         for arithmetic, row in rows.items():
             print(
                 f"| {name}, {row['batch']} | {arithmetic} | {row['tflop']:.3g} | {row['gigabytes']:.3g} "
@@ -104,8 +105,9 @@ def main() -> None:
                 f"| {row['compute_bound_share']:.0%} |",
                 flush=True,
             )
-        path = Path(__file__).with_name(f"roofline-{name}.json")
-        path.write_text(json.dumps(rows, indent=1) + "\n")
+    path = Path(__file__).with_suffix(".json")
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"{path} written")
 
 
 if __name__ == "__main__":

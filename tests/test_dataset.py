@@ -414,7 +414,8 @@ def test_captions_of_several_vendors_name_them_and_stand_together(several):
     assert pictures.indexes == [index for index, _ in expected]
     assert pictures.names == [f"thing {index}, {('One', 'Two')[v - 1]} style" for index, v in expected]
     assert pictures.images[:, 0, 0].tolist() == [[10 * int(index), v, 0] for index, v in expected]
-    assert pictures.files == [several / "image" / ("One", "Two")[v - 1] / f"{index}.png" for index, v in expected]
+    files = [several / "image" / ("One", "Two")[v - 1] / f"{index}.png" for index, v in expected]
+    assert [*map(pictures.file, range(8))] == files
     assert pictures.heldout.tolist() == [index in "34" for index, _ in expected]
     assert [fault.where for fault in pictures.faults] == [
         f"image/{missing}.png" for missing in ("One/2", "Two/3", "One/5", "Two/5")
@@ -432,7 +433,7 @@ def test_no_row_is_on_both_sides_of_the_split(several):
     pictures = load(several, vendor="One+Two", limit=0, **SMALL)
     training, heldout = (dataset.side(pictures, heldout=which) for which in (False, True))
     assert (set(training.indexes), set(heldout.indexes)) == ({"1", "2", "6"}, {"3", "4"})
-    assert len(training.names) == len(training.files) == len(training.images) == 5
+    assert len(training.names) == len(training.folders) == len(training.images) == 5
     assert (training.images[:, 0, 0, 0] == [10, 10, 20, 60, 60]).all()
     assert (len(heldout.keywords), heldout.heldout.tolist()) == (3, [True] * 3)
 

@@ -78,10 +78,11 @@ def test_the_table_has_a_row_for_every_peak_and_is_kept_as_json(tiny, tmp_path, 
     monkeypatch.setattr(roofline, "__file__", str(tmp_path / "roofline.py"))
     monkeypatch.setattr("sys.argv", ["roofline.py", "tiny"])
     roofline.main()
-    _, _, *rows = capsys.readouterr().out.splitlines()
+    _, _, *rows, written = capsys.readouterr().out.splitlines()
     assert [row.split(" | ")[:2] for row in rows] == [["| tiny, 3", peak] for peak in roofline.PEAKS]
-    kept = json.loads((tmp_path / "roofline-tiny.json").read_text())
-    assert kept["TF32"] == roofline.roofline(tiny, "TF32")
+    assert written == f"{tmp_path / 'roofline.json'} written"
+    kept = json.loads((tmp_path / "roofline.json").read_text())
+    assert kept["tiny"]["TF32"] == roofline.roofline(tiny, "TF32")
     monkeypatch.setattr("sys.argv", ["roofline.py", "small"])
     with pytest.raises(SystemExit, match="no preset small"):
         roofline.main()
