@@ -91,9 +91,11 @@ def ours(config, *, pictures: int, steps: int) -> tuple[dict[str, Trial], dict]:
     import jax.numpy as jnp
     import made_up
 
+    import device
     import training
     from model import network
 
+    device.reserve_memory()
     data = made_up.data(config, IMAGES)
     _, keys = training.streams(0)
     graphdef = training.structure(config, TEXT_DIM)

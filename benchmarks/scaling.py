@@ -124,6 +124,7 @@ def steps(cases: list[tuple[Params, int]], rounds: int) -> list[Row]:
     import parallel
     import training
 
+    device.reserve_memory()
     device.keep_compiled()
     running, costs, times = [], [], [[] for _ in cases]
     for config, pictures in cases:
