@@ -16,8 +16,8 @@ def cached(kind: str, recipe: str, make: Callable[[], dict[str, np.ndarray]]) ->
     A file that cannot be read is made again, one that cannot be written is made again next time: no cache is an error.
     """
     file = packages.CACHE / kind / f"{hashlib.sha256(recipe.encode()).hexdigest()}.npz"
-    damaged = suppress(Exception)  # an archive that is raises nearly anything
-    with damaged, file.open("rb") as stream, np.load(stream) as saved:
+    # a damaged archive raises nearly anything
+    with suppress(Exception), file.open("rb") as stream, np.load(stream) as saved:
         return {name: saved[name] for name in saved.files}
     arrays = make()
     with suppress(OSError), replacing(file) as beside, beside.open("wb") as stream:  # a full disk costs only time

@@ -27,7 +27,7 @@ from dataset import Pictures
 from params import Params
 from text_encoder import TextEncoder
 
-ROUNDS = 32  # of a shuffle: a place is left where it was with probability 2^-32
+ROUNDS = 32  # of a shuffle: a place takes part in no swap with probability 2^-32; after one it may be anywhere
 NO_PASS = 2**32 - 1  # folded into the order's key for what is not the order of a pass
 
 
@@ -133,13 +133,13 @@ def shuffled(key: Key[Array, ""], place: Int[Array, ""], n: int) -> Int[Array, "
     coins = jax.random.bits(coin_key, (ROUNDS,))
     for r in range(ROUNDS):
         image = (centres[r] - place) % n
-        coin = mixed(jnp.maximum(place, image).astype(jnp.uint32) ^ coins[r]) >> 31
+        coin = fmix32(jnp.maximum(place, image).astype(jnp.uint32) ^ coins[r]) >> 31
         place = jnp.where(coin == 1, image, place)
     return place
 
 
-def mixed(bits: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    """Every bit of the result depends on all of them (the last step of MurmurHash3, Appleby 2011)."""
+def fmix32(bits: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    """Every bit of the result depends on all of them (of MurmurHash3, Appleby 2011)."""
     bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
     bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
     return bits ^ (bits >> 16)

@@ -99,7 +99,14 @@ def load(
         raise ValueError(f"height and width are at least 1 and limit at least 0, got {height}, {width} and {limit}")
     rows, wanted, shape = _rows(root), _wanted(root, vendor), (height, width, channels)
     most = min(len(rows), limit + sum(row.heldout for row in rows)) if limit else len(rows)
-    images = _room(most * len(wanted), shape) if decode else None
+    try:
+        images = _room(most * len(wanted), shape) if decode else None
+    except MemoryError:
+        size = most * len(wanted) * math.prod(shape) / 2**30
+        raise DatasetError(
+            f"{root}: there is no room in memory for {most * len(wanted):,} pictures of {height} × {width}, "
+            f"{size:.1f} GiB; leave them on the disk with --stream, or choose a smaller --H and --W or --MAX_INDEX"
+        ) from None
     kept, faults, looked_at, trained = [], [], 0, 0
     for start in range(0, len(rows), BLOCK):
         block = rows[start : start + BLOCK]

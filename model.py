@@ -24,7 +24,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from augmentation import LABELS
-from norm import GroupNorm, silu
+from norm import GroupNorm, affine_silu
 from params import Params
 
 
@@ -54,7 +54,7 @@ def conv(channels: int, out: int, rngs: nnx.Rngs, *, size: int = 3, strides: int
     return nnx.Conv(channels, out, (size, size), strides=strides, kernel_init=init, rngs=rngs)
 
 
-class Doubling(nnx.Conv):
+class Upsample(nnx.Conv):
     """Nearest-neighbour upsampling by two, then a 3 × 3 convolution, in 4/9 of the arithmetic.
 
     The three taps along a side see only two pixels that differ, so that two taps, their sums, do: others for the first
@@ -108,9 +108,9 @@ class ResBlock(nnx.Module):
         self, x: Float[Array, "b h w c"], condition: Float[Array, "b d"], chance: nnx.Rngs | None
     ) -> Float[Array, "b h w out"]:
         scale, shift = jnp.split(self.modulation(condition)[:, None, None, :], 2, axis=-1)
-        h = self.conv1(silu(x, *self.norm1.affine(x)))
+        h = self.conv1(affine_silu(x, *self.norm1.affine(x)))
         factor, offset = self.norm2.affine(h)
-        h = silu(h, factor * (1 + scale), offset * (1 + scale) + shift)
+        h = affine_silu(h, factor * (1 + scale), offset * (1 + scale) + shift)
         h = self.conv2(self.dropout(h, deterministic=chance is None, rngs=chance))
         return h + (x if self.skip is None else self.skip(x))
 
@@ -206,7 +206,7 @@ class UNet(nnx.Module):
                 self.up[last - level].append(stage(channels + skips.pop(), dim, level))
                 channels = dim
             if level > 0:
-                self.double.append(Doubling(dim, dim, (3, 3), rngs=rngs))
+                self.double.append(Upsample(dim, dim, (3, 3), rngs=rngs))
 
         self.exit_norm = GroupNorm(channels)
         self.exit = conv(channels, pixels, rngs, zero=True)
@@ -248,7 +248,7 @@ class UNet(nnx.Module):
             if level < len(self.double):
                 x = self.double[level](x)
 
-        return unpatchify(self.exit(silu(x, *self.exit_norm.affine(x))), self.patch)
+        return unpatchify(self.exit(affine_silu(x, *self.exit_norm.affine(x))), self.patch)
 
 
 def network(config: Params, graphdef: nnx.GraphDef, weights: dict) -> Callable[..., Float[Array, "b h w c"]]:

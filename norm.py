@@ -31,7 +31,7 @@ class GroupNorm(nnx.Module):
         def of_group(moment: Float[Array, "b 1 1 c"]) -> Float[Array, "b 1 1 c"]:
             return moment.reshape(-1, 1, 1, self.groups, size).mean(axis=4).repeat(size, axis=3)
 
-        mean, square = map(of_group, moments(x))
+        mean, square = map(of_group, channel_moments(x))
         scale, bias = (part[...].reshape(1, 1, 1, -1) for part in (self.scale, self.bias))
         factor = jax.lax.rsqrt(jnp.maximum(square - mean**2, 0) + EPSILON) * scale
         return factor, bias - mean * factor
@@ -42,29 +42,29 @@ class GroupNorm(nnx.Module):
 
 
 @jax.custom_vjp
-def moments(x: Float[Array, "b h w c"]) -> tuple[Float[Array, "b 1 1 c"], Float[Array, "b 1 1 c"]]:
+def channel_moments(x: Float[Array, "b h w c"]) -> tuple[Float[Array, "b 1 1 c"], Float[Array, "b 1 1 c"]]:
     """Means of x and x² over each picture, per channel, float32."""
     x = x.astype(jnp.float32)
     return x.mean(**EACH), (x * x).mean(**EACH)
 
 
-def _moments_backward(x: Array, gradient: tuple[Array, Array]) -> tuple[Array]:
+def _channel_moments_backward(x: Array, gradient: tuple[Array, Array]) -> tuple[Array]:
     mean, square = (part / (x.shape[1] * x.shape[2]) for part in gradient)
     return ((mean + 2 * square * x).astype(x.dtype),)
 
 
-moments.defvjp(lambda x: (moments(x), x), _moments_backward)
+channel_moments.defvjp(lambda x: (channel_moments(x), x), _channel_moments_backward)
 
 
 @jax.custom_vjp
-def silu(
+def affine_silu(
     x: Float[Array, "b h w c"], factor: Float[Array, "b 1 1 c"], offset: Float[Array, "b 1 1 c"]
 ) -> Float[Array, "b h w c"]:
     """SiLU of factor · x + offset: y sigmoid(y) (Hendrycks & Gimpel 2016)."""
     return nnx.silu(factor * x + offset).astype(x.dtype)
 
 
-def _silu_backward(inputs: tuple[Array, Array, Array], gradient: Array) -> tuple[Array, Array, Array]:
+def _affine_silu_backward(inputs: tuple[Array, Array, Array], gradient: Array) -> tuple[Array, Array, Array]:
     x, factor, offset = inputs
     y = factor * x + offset
     gate = nnx.sigmoid(y)
@@ -72,4 +72,4 @@ def _silu_backward(inputs: tuple[Array, Array, Array], gradient: Array) -> tuple
     return (slope * factor).astype(x.dtype), (slope * x).sum(**EACH), slope.sum(**EACH)
 
 
-silu.defvjp(lambda *inputs: (silu(*inputs), inputs), _silu_backward)
+affine_silu.defvjp(lambda *inputs: (affine_silu(*inputs), inputs), _affine_silu_backward)

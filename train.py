@@ -173,6 +173,7 @@ def run(options: Options) -> str | None:
     graphdef = training.structure(config, encoder.dim)
     state = training.init(config, encoder.dim, init_key)
     about = {
+        "version": training.VERSION,
         "config": config.to_json(),
         "encoder": encoder.identity,
         "schedule": {"name": schedule.NAME, "T": config.T},
@@ -223,13 +224,14 @@ def run(options: Options) -> str | None:
     keys, batch = parallel.replicated(keys), next(batches)
     steps = last(config, concepts)
     train_step = training.build_train_step(config, graphdef, steps)
-    most = TOGETHER if device.on_accelerator() and not config.stream else 1
+    few = config.stream or config.log_every < TOGETHER
+    most = TOGETHER if device.on_accelerator() and not few else 1
     programs = {n: training.several(train_step, n).lower(state, batch, keys).compile() for n in {1, most}}
     learning_rate = training.learning_rate(config, steps)
     rate_before = jax.jit(lambda step: learning_rate(step - 1))  # of the step that led here, on the device
     heldout_loss = heldout.build_watch(config, graphdef, unseen, encoder)
     signals = stop_signal()
-    in_flight = deque()  # at most two programs are queued, so that the clock is honest and Ctrl-C answers at once
+    in_flight = deque()  # no more programs are queued than keep the device busy: the clock is honest, Ctrl-C quick
     if first:
         trackers = tracking.trackers(options.track, output, step=step, config=config.to_json())
         log = tracking.MetricsLog(
@@ -254,7 +256,7 @@ def run(options: Options) -> str | None:
                 end("stopped")
                 raise
             in_flight.append(loss)
-            if len(in_flight) > 2:
+            if len(in_flight) > (2 if most == 1 else 1):
                 in_flight.popleft().block_until_ready()
             bar.update(n * config.B)
 
@@ -353,10 +355,14 @@ def stop_signal() -> list[int]:
 
 
 def same_run(path: Path, saved: dict, now: dict) -> None:
-    """Stop where the checkpoint is of another configuration, encoder or dataset."""
-    free = MAY_CHANGE - (
-        {"epochs"} if now["config"]["decay"] != "constant" else set()
-    )  # the rate falls towards the end
+    """Stop where the checkpoint is of another configuration, encoder or dataset, or of an earlier kind of step."""
+    if saved.get("version") != now["version"]:
+        sys.exit(
+            f"--resume: {path} was trained by another version of this program, which took its steps differently. "
+            "Finish it with that version, or train a new one with --output FOLDER; drawing from it works as before"
+        )
+    decays = now["config"]["decay"] != "constant"  # the learning rate falls towards the last epoch
+    free = MAY_CHANGE - ({"epochs"} if decays else set())
     differ = [
         f"{field} was {saved['config'].get(field)!r}, now {value!r}"
         for field, value in json.loads(json.dumps(now["config"])).items()

@@ -19,7 +19,7 @@ resolutions, norm and head sizes. Its layers differ (a transformer block with a 
 has plain attention, one more block per resolution on the way up, no pooled caption), so one factor narrows or widens
 it until the FLOPs of a forward pass agree within 10 %. FLOPs are those of matrix products and convolutions, a
 multiply-add being two and a tap on the padding counting, as torch counts them. XLA leaves those taps out, a tenth at
-8 × 8; its count, which benchmark.py uses, is printed too. Of torch's memory layouts and AdamW kernels the fastest here
+8 × 8; its count is printed too. Of torch's memory layouts and AdamW kernels the fastest here
 are taken, each tried before the first round.
 
 Wants an idle machine: where other programs hold a core, torch's threads spend their time waiting for one another (a
@@ -91,11 +91,9 @@ def ours(config, *, pictures: int, steps: int) -> tuple[dict[str, Trial], dict]:
     import jax.numpy as jnp
     import made_up
 
-    import device
     import training
     from model import network
 
-    device.reserve_memory()
     data = made_up.data(config, IMAGES)
     _, keys = training.streams(0)
     graphdef = training.structure(config, TEXT_DIM)

@@ -58,13 +58,16 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__, use_underscores=True)
     if options.rounds < 1:
         sys.exit(f"scaling.py: --rounds {options.rounds}: allowed are whole numbers from 1 up")
-    file, found = Path(__file__).with_suffix(".json"), {}
-    if file.is_file() and (saved := json.loads(file.read_text()))["preset"] == options.preset:
-        found = saved["axes"]
+    file, found, here = Path(__file__).with_suffix(".json"), {}, {"preset": options.preset, "cores": os.cpu_count()}
+    if options.only and file.is_file():
+        saved = json.loads(file.read_text())
+        found = saved.pop("axes")
+        if saved != here:
+            sys.exit(f"scaling.py: {file} holds axes of {saved}, here are {here}: measure all axes, without --only")
     for axis in options.only or AXES:
         found[axis] = AXES[axis](PRESETS[options.preset], options.rounds)
         print(f"\n{axis}\n\n{table(found[axis])}", flush=True)
-        file.write_text(json.dumps({"preset": options.preset, "cores": os.cpu_count(), "axes": found}, indent=1) + "\n")
+        file.write_text(json.dumps({**here, "axes": found}, indent=1) + "\n")
     plot({axis: found[axis] for axis in AXES if axis in found}, options.output)
     print(f"\n{file} and {options.output} written")
 
@@ -124,7 +127,6 @@ def steps(cases: list[tuple[Params, int]], rounds: int) -> list[Row]:
     import parallel
     import training
 
-    device.reserve_memory()
     device.keep_compiled()
     running, costs, times = [], [], [[] for _ in cases]
     for config, pictures in cases:

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from augmentation import LABELS
-from model import Attention, Doubling, TimestampNet, UNet, network, patchify, sinusoid, unpatchify
+from model import Attention, TimestampNet, UNet, Upsample, network, patchify, sinusoid, unpatchify
 from params import Params
 
 TEXT_DIM = 6
@@ -169,7 +169,7 @@ def test_timesteps_are_told_apart():
 
 @pytest.mark.parametrize("shape", [(2, 5, 7, 3), (1, 1, 1, 2), (3, 1, 4, 5)], ids=str)
 def test_doubling_is_nearest_neighbour_upsampling_and_a_convolution(shape):
-    layer = Doubling(shape[-1], 6, (3, 3), rngs=nnx.Rngs(0))
+    layer = Upsample(shape[-1], 6, (3, 3), rngs=nnx.Rngs(0))
     layer.bias[...] = jnp.arange(6.0)
     x, weight = jax.random.normal(jax.random.key(1), shape), jax.random.normal(jax.random.key(2), (*shape[:3], 2, 2, 6))
     weight = weight.reshape(shape[0], 2 * shape[1], 2 * shape[2], 6)

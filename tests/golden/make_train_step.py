@@ -1,7 +1,8 @@
-"""Losses and weights of a few training steps, as they were before the options of the recipe were added.
+"""Losses and weights of a few training steps: with every option at its no-op value they stay what they are.
 
-`python tests/golden/make_train_step.py` writes train_step.npz beside this file. With every option at its no-op value
-a step must go on computing the same.
+`python tests/golden/make_train_step.py` writes train_step.npz beside this file. The first one was written before the
+options of the recipe were added. It was written anew where only the weights to start from changed, and where only the
+order of the pictures did; each time the old one had just been passed.
 """
 
 import sys
