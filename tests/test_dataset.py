@@ -65,6 +65,11 @@ def test_two_columns_are_enough(three):
     np.testing.assert_array_equal(pictures.images, np.broadcast_to(expected, (3, 8, 8, 3)))
 
 
+def test_pictures_that_no_memory_holds_say_what_to_do(three):
+    with pytest.raises(DatasetError, match=r"3 pictures of 10000000 × 10000000, 838190.3 GiB; .*--stream"):
+        load(three, vendor="Google", limit=0, height=10**7, width=10**7, channels=3)
+
+
 def test_a_dataset_like_that_of_kaggle(tmp_path):
     picture = "data:image/png;base64," + base64.b64encode(bytes(200_000)).decode()
     rows = [["#", "emoji", "unicode", "name", "Apple", "Google"]]

@@ -24,6 +24,7 @@ import plot
 import stream
 import test as drawing
 import train
+import training
 from params import PRESETS, Params
 
 ROOT = Path(__file__).parent.parent
@@ -99,6 +100,9 @@ def test_from_nothing_to_pictures_and_on(call, tiny):
     said = call(train, *flags(dataclasses.replace(longer, BASE_DIM=16)), "--resume")
     assert "BASE_DIM was 8, now 16" in said
     assert "epochs" in said.split("may change")[0].split("Only")[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "VERSION", training.VERSION + 1)
+        assert "trained by another version of this program" in call(train, *flags(longer), "--resume")
 
     said = call(drawing, "--prompts", "red disc", "a box, drawn", "--steps", "3")
     assert "validation_images/test/grid.png and 2 pictures beside it written" in said
