@@ -8,9 +8,10 @@
               compiled yet and with all of them on disk; from nothing to a drawn picture, import by import
     peer      with --peer PYTHON, diffusers on torch beside the first preset, at equal FLOPs: see peer.py
 
-Everything in one run. Rounds of all that is timed alternate and medians are reported, so that a machine whose speed
-drifts bends no ratio. FLOPs are those of matrix products and convolutions, counted in the program (count.py): a
-multiply-add is two, a tap on the padding counts. The numbers go to benchmarks/benchmark.json.
+Everything in one run. Rounds of all that is timed alternate and medians are reported, for a step's ratios those of
+rounds of their own, so that a machine whose speed drifts bends no ratio. FLOPs are those of matrix products and
+convolutions, counted in the program (count.py): a multiply-add is two, a tap on the padding counts. The numbers go to
+benchmarks/benchmark.json.
 """
 
 import argparse
@@ -31,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import jax
 import jax.numpy as jnp
 import made_up
+import numpy as np
 import optax
 from count import count_flops
 from flax import nnx
@@ -74,15 +76,23 @@ def seconds(function: Callable, *args) -> float:
     return time.perf_counter() - start
 
 
-def medians(functions: dict[str, Callable], rounds: int) -> dict[str, float]:
-    """Seconds of each, one of each in turn, right after an untimed one: caches hold what they hold in a loop of it."""
-    times = []
-    for _ in range(rounds):
-        times.append({})
+def in_turn(functions: dict[str, Callable], rounds: int) -> dict[str, np.ndarray]:
+    """Seconds of each in every round, right after an untimed one: caches hold what they hold in a loop of it."""
+    times = {name: np.empty(rounds) for name in functions}
+    for number in range(rounds):
         for name, function in functions.items():
             seconds(function)
-            times[-1][name] = seconds(function)
-    return {name: statistics.median(each[name] for each in times) for name in functions}
+            times[name][number] = seconds(function)
+    return times
+
+
+def medians(functions: dict[str, Callable], rounds: int) -> dict[str, float]:
+    return {name: float(np.median(times)) for name, times in in_turn(functions, rounds).items()}
+
+
+def ratio(one: np.ndarray, other: np.ndarray) -> float:
+    """The median over rounds: what the machine did meanwhile, it did to both."""
+    return float(np.median(one / other))
 
 
 # A preset.
@@ -185,17 +195,18 @@ def preset(config: Params, rounds: int) -> dict:
         **{name: lambda draw=draw: draw(weights) for name, draw in draws.items()},
     }
     took = medians(functions, rounds)
-    ceiling = 2 * SIZE**3 / took["product"]
+    close = in_turn({name: functions[name] for name in ("product", "step", "bare step")}, 3 * rounds)
+    ceiling, lasts = 2 * SIZE**3 / float(np.median(close["product"])), float(np.median(close["step"]))
     return {
         "batch": config.B,
         "parameters_million": sum(leaf.size for leaf in jax.tree.leaves(weights)) / 1e6,
         "gflop_per_picture": flops / config.B / 1e9,
         "ceiling_gflops": ceiling / 1e9,
-        "step_seconds": took["step"],
-        "pictures_per_second": config.B / took["step"],
-        "step_gflops": flops / took["step"] / 1e9,
-        "step_share_of_ceiling": flops / took["step"] / ceiling,
-        "step_over_bare_step": took["step"] / took["bare step"],
+        "step_seconds": lasts,
+        "pictures_per_second": config.B / lasts,
+        "step_gflops": flops / lasts / 1e9,
+        "step_share_of_ceiling": flops / (2 * SIZE**3) * ratio(close["product"], close["step"]),
+        "step_over_bare_step": ratio(close["step"], close["bare step"]),
         "step_memory_gib": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**30,
         "compile_seconds": cold,
         "compile_seconds_from_cache": cached,
@@ -208,7 +219,8 @@ def preset(config: Params, rounds: int) -> dict:
             "host, before it may go on": statistics.median(host) / took["step"],
         },
         "forward_share_of_ceiling": count_flops(jax.make_jaxpr(forward)(weights, *inputs).jaxpr)
-        / (took["forward"] * ceiling),
+        / (2 * SIZE**3)
+        * (took["product"] / took["forward"]),
         "draw_guided_steps": STEPS,
         "draw_guided_seconds": {name.split()[1]: took[name] for name in draws},
         "draw_over_bare_evaluations": took["draw dpmpp_2m"] / took["evaluations"],
