@@ -24,6 +24,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from augmentation import LABELS
+from conv import Conv3x3, Upsample
 from norm import GroupNorm, affine_silu
 from params import Params
 
@@ -49,36 +50,6 @@ def sinusoid(t: Int[Array, "b"], size: int) -> Float[Array, "b size"]:
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
 
-def conv(channels: int, out: int, rngs: nnx.Rngs, *, size: int = 3, strides: int = 1, zero: bool = False) -> nnx.Conv:
-    init = nnx.initializers.zeros if zero else nnx.initializers.lecun_normal()
-    return nnx.Conv(channels, out, (size, size), strides=strides, kernel_init=init, rngs=rngs)
-
-
-class Upsample(nnx.Conv):
-    """Nearest-neighbour upsampling by two, then a 3 × 3 convolution, in 4/9 of the arithmetic.
-
-    The three taps along a side see only two pixels that differ, so that two taps, their sums, do: others for the first
-    pixel of each pair than for the second. Four small convolutions of x, then, and their results interleaved.
-    """
-
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w out"]:
-        def pair(kernel: Array, axis: int) -> tuple[Array, Array]:
-            before, here, after = jnp.split(kernel, 3, axis)
-            first, second = (before, here + after), (before + here, after)
-            return jnp.concatenate(first, axis), jnp.concatenate(second, axis)
-
-        def convolved(kernel: Array, i: int, j: int) -> Array:
-            sides = ((1 - i, i), (1 - j, j))  # the first of a pair looks back, the second ahead
-            return jax.lax.conv_general_dilated(x, kernel, (1, 1), sides, dimension_numbers=("NHWC", "HWIO", "NHWC"))
-
-        lines = (
-            jnp.stack([convolved(kernel, i, j) for j, kernel in enumerate(pair(of_rows, 1))], axis=3)
-            for i, of_rows in enumerate(pair(self.kernel[...], 0))
-        )
-        b, h, w, _ = x.shape
-        return jnp.stack(list(lines), axis=2).reshape(b, 2 * h, 2 * w, -1) + self.bias[...].reshape(1, 1, 1, -1)
-
-
 class TimestampNet(nnx.Module):
     """The step t as a vector: sinusoidal embedding, then an MLP."""
 
@@ -97,12 +68,12 @@ class ResBlock(nnx.Module):
 
     def __init__(self, channels: int, out: int, config: Params, rngs: nnx.Rngs):
         self.norm1 = GroupNorm(channels)
-        self.conv1 = conv(channels, out, rngs)
+        self.conv1 = Conv3x3(channels, out, rngs)
         self.modulation = nnx.Linear(config.T_out, 2 * out, rngs=rngs)
         self.norm2 = GroupNorm(out)
         self.dropout = nnx.Dropout(config.dropout)
-        self.conv2 = conv(out, out, rngs, zero=True)
-        self.skip = conv(channels, out, rngs, size=1) if channels != out else None
+        self.conv2 = Conv3x3(out, out, rngs, zero=True)
+        self.skip = nnx.Conv(channels, out, (1, 1), rngs=rngs) if channels != out else None
 
     def __call__(
         self, x: Float[Array, "b h w c"], condition: Float[Array, "b d"], chance: nnx.Rngs | None
@@ -184,7 +155,7 @@ class UNet(nnx.Module):
         self.pooled_text = nnx.Linear(text_dim, config.T_out, rngs=rngs)
         told = {"use_bias": False, "kernel_init": nnx.initializers.zeros, "rngs": rngs}
         self.augmentation = nnx.Linear(len(LABELS), config.T_out, **told) if config.augmentation else None
-        self.entry = conv(pixels, dims[0], rngs)
+        self.entry = Conv3x3(pixels, dims[0], rngs)
 
         channels, skips = dims[0], []
         self.down, self.halve = nnx.List(), nnx.List()
@@ -195,7 +166,7 @@ class UNet(nnx.Module):
                 channels = dim
                 skips.append(dim)
             if level < last:
-                self.halve.append(conv(dim, dim, rngs, strides=2))
+                self.halve.append(nnx.Conv(dim, dim, (3, 3), strides=2, rngs=rngs))
 
         self.middle = nnx.List([stage(channels, channels, last), ResBlock(channels, channels, config, rngs)])
 
@@ -206,10 +177,10 @@ class UNet(nnx.Module):
                 self.up[last - level].append(stage(channels + skips.pop(), dim, level))
                 channels = dim
             if level > 0:
-                self.double.append(Upsample(dim, dim, (3, 3), rngs=rngs))
+                self.double.append(Upsample(dim, dim, rngs))
 
         self.exit_norm = GroupNorm(channels)
-        self.exit = conv(channels, pixels, rngs, zero=True)
+        self.exit = Conv3x3(channels, pixels, rngs, zero=True)
 
     def __call__(
         self,

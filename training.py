@@ -25,7 +25,7 @@ from dataloader import Batch, Data, Picked
 from model import UNet, network
 from params import Params
 
-VERSION = 2  # of what steps show, compute and keep: a run goes on only under the number that it began with
+VERSION = 3  # of what steps show, compute and keep: a run goes on only under the number that it began with
 EMA_EVERY = 8  # steps; an average over thousands does not notice, and entering each would make steps 7 % longer
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # of AdamW
 LEVELS = 10  # equal stretches of 1 … T over which the loss is recorded, the image side first

@@ -2,13 +2,15 @@
 
 A multiply-add is two FLOPs. A tap on the padding counts, as torch counts it; the zeros that the gradient of a strided
 convolution puts between its pixels do not. Bytes are those of the operands, each read once, and of the result, written
-once. A loop of known length counts as often as it runs; the branches of a condition do not count.
+once. A loop of known length counts as often as it runs. Of the branches of a condition counts the one with most FLOPs:
+where the platform decides how to convolve (conv.py), the plain convolution. `choose=min` counts the cheapest instead,
+which is what a CPU does.
 
 Imports no JAX: peer.py also runs where there is none.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 
@@ -20,7 +22,7 @@ class Operation(NamedTuple):
     dtype: str  # of its narrower operand: products of two kinds ask for an algorithm on the narrower
 
 
-def operations(jaxpr) -> Iterator[Operation]:
+def operations(jaxpr, choose: Callable = max) -> Iterator[Operation]:
     """The matrix products and convolutions of a jaxpr and of those inside it."""
     for equation in jaxpr.eqns:
         if equation.primitive.name in ("dot_general", "conv_general_dilated"):
@@ -28,10 +30,17 @@ def operations(jaxpr) -> Iterator[Operation]:
             narrow = min(arrays[:2], key=lambda array: array.dtype.itemsize)
             moved = sum(array.size * array.dtype.itemsize for array in arrays)
             yield Operation(_flops(equation, *arrays), moved, narrow.dtype.name)
+        if equation.primitive.name == "cond":
+            branches = (list(operations(branch.jaxpr, choose)) for branch in equation.params["branches"])
+            yield from choose(branches, key=_total)
         inner = [getattr(value, "jaxpr", value) for value in equation.params.values()]
         times = equation.params["length"] if equation.primitive.name == "scan" else 1
         for each in (part for part in inner if hasattr(part, "eqns")):
-            yield from (operation for operation in operations(each) for _ in range(times))
+            yield from (operation for operation in operations(each, choose) for _ in range(times))
+
+
+def _total(each: Iterable[Operation]) -> int:
+    return sum(operation.flops for operation in each)
 
 
 def _flops(equation, left, right, result) -> int:
@@ -43,6 +52,6 @@ def _flops(equation, left, right, result) -> int:
     return 2 * result.size * taps // math.prod(equation.params["lhs_dilation"])
 
 
-def count_flops(jaxpr) -> int:
+def count_flops(jaxpr, choose: Callable = max) -> int:
     """FLOPs of the matrix products and convolutions of a jaxpr and of those inside it."""
-    return sum(operation.flops for operation in operations(jaxpr))
+    return _total(operations(jaxpr, choose))

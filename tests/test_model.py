@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from augmentation import LABELS
-from model import Attention, TimestampNet, UNet, Upsample, network, patchify, sinusoid, unpatchify
+from model import Attention, TimestampNet, UNet, network, patchify, sinusoid, unpatchify
 from params import Params
 
 TEXT_DIM = 6
@@ -165,22 +165,3 @@ def test_timesteps_are_told_apart():
     np.testing.assert_allclose((embedded**2).sum(1), 16, rtol=1e-5)
     assert np.linalg.norm(np.diff(embedded, axis=0), axis=1).min() > 0.5
     assert TimestampNet(32, 7, nnx.Rngs(0))(jnp.arange(3)).shape == (3, 7)
-
-
-@pytest.mark.parametrize("shape", [(2, 5, 7, 3), (1, 1, 1, 2), (3, 1, 4, 5)], ids=str)
-def test_doubling_is_nearest_neighbour_upsampling_and_a_convolution(shape):
-    layer = Upsample(shape[-1], 6, (3, 3), rngs=nnx.Rngs(0))
-    layer.bias[...] = jnp.arange(6.0)
-    x, weight = jax.random.normal(jax.random.key(1), shape), jax.random.normal(jax.random.key(2), (*shape[:3], 2, 2, 6))
-    weight = weight.reshape(shape[0], 2 * shape[1], 2 * shape[2], 6)
-
-    def short(layer, x):
-        return (layer(x) * weight).sum(), layer(x)
-
-    def long(layer, x):
-        found = nnx.Conv.__call__(layer, x.repeat(2, axis=1).repeat(2, axis=2))
-        return (found * weight).sum(), found
-
-    each = (nnx.jit(nnx.value_and_grad(f, argnums=(0, 1), has_aux=True))(layer, x) for f in (short, long))
-    for found, expected in zip(*map(jax.tree.leaves, each), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)

@@ -51,6 +51,16 @@ def test_a_loop_counts_as_often_as_it_runs():
     assert count_flops(jaxpr) == 3 * 2 * 4 * 5 * 5
 
 
+@pytest.mark.parametrize(("choose", "inner"), [(max, 7), (min, 5)])
+def test_of_the_branches_of_a_condition_counts_one(choose, inner):
+    def either(yes, x, long, short):
+        return jax.lax.cond(yes, lambda: (x @ long).sum(), lambda: (x @ short).sum())
+
+    shapes = ((), bool), ((3, 4), jnp.float32), ((4, 7), jnp.float32), ((4, 5), jnp.float32)
+    jaxpr = jax.make_jaxpr(either)(*(jax.ShapeDtypeStruct(*shape) for shape in shapes)).jaxpr
+    assert count_flops(jaxpr, choose) == 2 * 3 * 4 * inner
+
+
 def test_a_step_waits_for_arithmetic_or_for_memory_whichever_takes_longer():
     slow, wide = Operation(6 * 10**12, 10**6, "float32"), Operation(10**6, 67 * 10**8, "float32")
     seconds, computing = roofline.bound([slow, wide], 33.5e8, peak=3e12)
