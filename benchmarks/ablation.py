@@ -3,6 +3,8 @@
 Each run is `train.py cpu` on the first 512 pictures with a few fields changed. So that a busy machine bends nothing,
 cost is counted in pictures: as many as the run's network gets through in `minutes` on one core by the rates of PACE,
 which `--pace` measures anew, one step of each in turn. Runs go on where they were stopped, `--at_once` side by side.
+What a run showed goes into benchmarks/ablation.json as soon as it ends, and is not asked again: the table grows from
+one machine to the next.
 
 Judged on the averaged weights: the error on held-out pictures, each level's and overall, as the geometric mean of the
 error of the velocity (whatever is predicted, so that runs compare) beside that of the first run on the same questions;
@@ -19,11 +21,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tyro
 
+from files import replacing
 from params import PRESETS, Params
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,7 +55,7 @@ class Options:
     minutes: float = 30.0  # of one core for each run
     only: tuple[str, ...] = ()  # names of the runs to do, if not all
     at_once: int = 2  # runs side by side, on one core each
-    output: Path = Path("ablation")  # folder of the runs and of results.json
+    output: Path = Path("models_ablation")  # folder of the runs
     pace: bool = False  # measure the rates, print them and stop
 
 
@@ -72,37 +76,45 @@ def main() -> None:
         return print(pace(runs))
     if unknown := set(options.only) - set(runs):
         sys.exit(f"ablation.py: --only {', '.join(sorted(unknown))}: allowed are {', '.join(runs)}")
-    chosen = {name: config for name, config in runs.items() if name in options.only or not options.only}
-    cores = sorted(os.sched_getaffinity(0))
+    path = Path(__file__).with_suffix(".json")
+    kept = json.loads(path.read_text()) if path.is_file() else {}
+    chosen = [name for name in runs if name in options.only or not options.only]
+    missing = [name for name in chosen if kept.get(name, {}).get("minutes") != options.minutes]
+    cores, measuring = sorted(os.sched_getaffinity(0)), Lock()
+
+    def run(number: int, name: str) -> None:
+        if not train(options, name, runs[name], cores[number % len(cores)]):
+            return print(f"{name}: stopped, see {options.output / folder(name)}/log.txt", flush=True)
+        with measuring:
+            kept[name] = {"minutes": options.minutes, **measure(options.output / folder(name))}
+            with replacing(path) as beside:
+                beside.write_text(json.dumps({name: kept[name] for name in runs if name in kept}, indent=1) + "\n")
+        print(f"{name}: trained, measured", flush=True)
+
     with ThreadPoolExecutor(options.at_once) as pool:
-        list(pool.map(lambda item: train(options, *item, cores), enumerate(chosen.items())))
-    results = {name: measure(options.output / folder(name)) for name in chosen}
-    (options.output / "results.json").write_text(json.dumps(results, indent=1))
-    print(table(results))
+        list(pool.map(run, range(len(missing)), missing))
+    print(table({name: kept[name] for name in chosen if kept.get(name, {}).get("minutes") == options.minutes}))
 
 
 def folder(name: str) -> str:
     return name.replace(", ", "_").replace(" ", "_")
 
 
-def train(options: Options, number: int, run: tuple[str, Params], cores: list[int]) -> None:
-    """Train into a folder of its own, going on where it was stopped, unless it holds the end of a run."""
-    name, config = run
+def train(options: Options, name: str, config: Params, core: int) -> bool:
+    """Train into a folder of its own, going on where it was stopped; False if it was stopped again."""
     output = options.output / folder(name)
     if (output / "final").is_dir():
-        return
+        return True
     seen = options.minutes * 60 * PACE[config.PATCH, config.BASE_DIM]
     words = [sys.executable, str(ROOT / "train.py"), "cpu", "--resume", "--output", str(output)]
-    words += ["--epochs", str(round(seen / PICTURES)), "--sample_every", "10", "--save_every", "5"]
+    words += ["--epochs", str(round(seen / PICTURES)), "--sample_every", "10", "--save_every", "5", "--keep", "1"]
     for field in dataclasses.fields(Params):
         value = getattr(config, field.name)
         if value != getattr(PRESETS["cpu"], field.name):
             words += [f"--{field.name}"] + ([] if value is True else [str(value)])
     output.mkdir(parents=True, exist_ok=True)
     with (output / "log.txt").open("a") as log:
-        core = cores[number % len(cores)]
-        done = subprocess.run(["taskset", "-c", str(core), *words], stdout=log, stderr=log, cwd=ROOT)
-    print(f"{name}: {'trained' if done.returncode == 0 else f'stopped, see {output}/log.txt'}", flush=True)
+        return subprocess.run(["taskset", "-c", str(core), *words], stdout=log, stderr=log, cwd=ROOT).returncode == 0
 
 
 def pace(runs: dict[str, Params]) -> dict[str, float]:
@@ -132,8 +144,6 @@ def pace(runs: dict[str, Params]) -> dict[str, float]:
 
 def measure(run: Path) -> dict:
     """Held-out errors and caption accuracy of a run's end."""
-    if (run / "measured.json").is_file():
-        return json.loads((run / "measured.json").read_text())
     import numpy as np
 
     import dataloader
@@ -162,7 +172,7 @@ def measure(run: Path) -> dict:
     rank = metrics.ranks(distance, own)
     with (run / "metrics.jsonl").open() as lines:
         last = json.loads(lines.readlines()[-1])
-    found = {
+    return {
         "pictures": last["images"],
         "log_error": error.tolist(),
         "top1": metrics.top(rank, 1),
@@ -170,8 +180,6 @@ def measure(run: Path) -> dict:
         "median_rank": float(np.median(rank) + 1),
         "own_distance": float(distance[np.arange(DRAWN), own].mean()),
     }
-    (run / "measured.json").write_text(json.dumps(found))
-    return found
 
 
 def table(results: dict[str, dict]) -> str:

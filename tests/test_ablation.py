@@ -1,0 +1,42 @@
+"""The ablation's bookkeeping: what is measured once is not trained again."""
+
+import json
+import math
+
+import ablation
+import pytest
+
+
+def measured(shift):
+    """What a run shows whose error is e^shift at every level of two held-out pictures."""
+    return {
+        "minutes": 1.0, "pictures": 512, "log_error": [[shift] * 10, [1 + shift] * 10],
+        "top1": 0.25, "top5": 0.5, "median_rank": 3.0, "own_distance": 40.0,
+    }  # fmt: skip
+
+
+def test_the_rate_of_every_run_is_known():
+    assert {(config.PATCH, config.BASE_DIM) for config in ablation.configs().values()} == set(ablation.PACE)
+
+
+def test_a_measured_run_is_only_shown_and_a_new_one_is_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ablation, "__file__", str(tmp_path / "ablation.py"))
+    (tmp_path / "ablation.json").write_text(json.dumps({"v": measured(0.0), "eps": measured(1.0) | {"minutes": 2.0}}))
+    trained = []
+    monkeypatch.setattr(ablation, "train", lambda options, name, config, core: not trained.append(name))
+    words = ["--minutes", "1", "--only", "v", "eps", "--output", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["ablation.py", *words])
+    monkeypatch.setattr(ablation, "measure", lambda run: measured(math.log(2)))
+    for _ in range(2):
+        ablation.main()
+        table = capsys.readouterr().out.splitlines()[-2:]
+        assert [row.split(" | ")[:3] for row in table] == [
+            ["| v", "512", "1.000 ± 0.000"], ["| eps", "512", "2.000 ± 0.000"],
+        ]  # fmt: skip
+    assert trained == ["eps"]
+
+
+def test_a_run_that_does_not_exist_is_named(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["ablation.py", "--only", "w"])
+    with pytest.raises(SystemExit, match=r"--only w: allowed are v, "):
+        ablation.main()
