@@ -1,9 +1,10 @@
 """Convolutions with kernels of 3 × 3, also of a picture that is first doubled in size.
 
-XLA's own convolution does it, but for a CPU with many channels. There XLA multiplies matrices faster than it convolves,
-so a convolution is matrix products, and fewer of them: Winograd's minimal filtering of tiles of 2 × 2 pixels,
-F(2×2, 3×3), with 16 multiplications for a tile's 36 taps (Lavin & Gray 2016, Section 4.1), 9 where all pixels are there
-four times. Both ways are the same function up to rounding. The products are separate ones: XLA runs those side by side.
+XLA's own convolution does it, except on a CPU with many channels of float32. There XLA multiplies matrices faster than
+it convolves, so a convolution is matrix products, and fewer of them: Winograd's minimal filtering of tiles of 2 × 2
+pixels, F(2×2, 3×3), with 16 multiplications for a tile's 36 taps (Lavin & Gray 2016, Section 4.1), 9 where all pixels
+are there four times. Both ways are the same function up to rounding, which in bfloat16 would be three times as coarse.
+The products are separate ones: XLA runs those side by side.
 
 Along one side, two outputs y of four pixels d and three taps g are sums of products of sums:
 
@@ -35,23 +36,24 @@ class Conv3x3(nnx.Conv):
         super().__init__(channels, out, (3, 3), kernel_init=init, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w out"]:
-        return self.convolved(x, partial(by_products, PLAIN), by_library)
+        return self.convolved(x, by_library, partial(by_products, PLAIN))
 
-    def convolved(self, x: Array, cpu: Callable, accelerator: Callable) -> Array:
+    def convolved(self, x: Array, library: Callable, products: Callable) -> Array:
         kernel, bias = self.kernel[...], self.bias[...].reshape(1, 1, 1, -1)
-        if min(kernel.shape[2:]) < FEW:
-            return accelerator(x, kernel) + bias
-        return jax.lax.platform_dependent(x, kernel, cpu=cpu, default=accelerator) + bias
+        if min(kernel.shape[2:]) < FEW or x.dtype != jnp.float32:
+            return library(x, kernel) + bias
+        return jax.lax.platform_dependent(x, kernel, cpu=products, default=library) + bias
 
 
 class Upsample(Conv3x3):
     """Nearest-neighbour upsampling by two, then the convolution."""
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w out"]:
-        def doubled(x: Array, kernel: Array) -> Array:
+        @jax.checkpoint  # the doubled picture is not worth keeping
+        def library(x: Array, kernel: Array) -> Array:
             return by_library(x.repeat(2, axis=1).repeat(2, axis=2), kernel)
 
-        return self.convolved(x, partial(by_products, DOUBLED), doubled)
+        return self.convolved(x, library, partial(by_products, DOUBLED))
 
 
 def by_library(x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c out"]) -> Float[Array, "b h w out"]:
@@ -59,7 +61,7 @@ def by_library(x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c out"]) ->
 
 
 class Sums(NamedTuple):
-    """What is summed along one side, of arrays that hold it along `axis`."""
+    """What is summed along one side of a picture or kernel, which is the axis that is given."""
 
     pixels: Callable[[Array, int], tuple[Array, ...]]
     taps: Callable[[Array, int], tuple[Array, ...]]

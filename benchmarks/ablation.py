@@ -4,7 +4,7 @@ Each run is `train.py cpu` on the first 512 pictures with a few fields changed. 
 cost is counted in pictures: as many as the run's network gets through in `minutes` on one core by the rates of PACE,
 which `--pace` measures anew, one step of each in turn. Runs go on where they were stopped, `--at_once` side by side.
 What a run showed goes into benchmarks/ablation.json as soon as it ends, and is not asked again: the table grows from
-one machine to the next.
+one machine to the next. Delete the file when RUNS or the steps of training change.
 
 Judged on the averaged weights: the error on held-out pictures, each level's and overall, as the geometric mean of the
 error of the velocity (whatever is predicted, so that runs compare) beside that of the first run on the same questions;
@@ -12,6 +12,7 @@ and caption accuracy: drawings of 128 training captions (c = 2) among the 512 pi
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import statistics
@@ -21,6 +22,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Queue
 from threading import Lock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -78,34 +80,41 @@ def main() -> None:
         sys.exit(f"ablation.py: --only {', '.join(sorted(unknown))}: allowed are {', '.join(runs)}")
     path = Path(__file__).with_suffix(".json")
     kept = json.loads(path.read_text()) if path.is_file() else {}
+    kept = {name: found for name, found in kept.items() if found["minutes"] == options.minutes}
     chosen = [name for name in runs if name in options.only or not options.only]
-    missing = [name for name in chosen if kept.get(name, {}).get("minutes") != options.minutes]
-    cores, measuring = sorted(os.sched_getaffinity(0)), Lock()
+    cores, measuring = Queue(), Lock()
+    for core in itertools.islice(itertools.cycle(sorted(os.sched_getaffinity(0))), options.at_once):
+        cores.put(core)
 
-    def run(number: int, name: str) -> None:
-        if not train(options, name, runs[name], cores[number % len(cores)]):
-            return print(f"{name}: stopped, see {options.output / folder(name)}/log.txt", flush=True)
+    def run(name: str) -> None:
+        core, output = cores.get(), options.output / f"{options.minutes:g}_minutes" / folder(name)
+        try:
+            train(output, runs[name], options.minutes, core)
+        finally:
+            cores.put(core)
         with measuring:
-            kept[name] = {"minutes": options.minutes, **measure(options.output / folder(name))}
+            kept[name] = {"minutes": options.minutes, **measure(output)}
             with replacing(path) as beside:
                 beside.write_text(json.dumps({name: kept[name] for name in runs if name in kept}, indent=1) + "\n")
         print(f"{name}: trained, measured", flush=True)
 
     with ThreadPoolExecutor(options.at_once) as pool:
-        list(pool.map(run, range(len(missing)), missing))
-    print(table({name: kept[name] for name in chosen if kept.get(name, {}).get("minutes") == options.minutes}))
+        waiting = [pool.submit(run, name) for name in chosen if name not in kept]
+    faults = [str(fault) for fault in (done.exception() for done in waiting) if fault]
+    if kept:
+        print(table({name: kept[name] for name in runs if name in kept}))
+    sys.exit("\n".join(faults) or None)
 
 
 def folder(name: str) -> str:
     return name.replace(", ", "_").replace(" ", "_")
 
 
-def train(options: Options, name: str, config: Params, core: int) -> bool:
-    """Train into a folder of its own, going on where it was stopped; False if it was stopped again."""
-    output = options.output / folder(name)
+def train(output: Path, config: Params, minutes: float, core: int) -> None:
+    """Train into a folder, going on where it was stopped; RuntimeError if it was stopped again."""
     if (output / "final").is_dir():
-        return True
-    seen = options.minutes * 60 * PACE[config.PATCH, config.BASE_DIM]
+        return
+    seen = minutes * 60 * PACE[config.PATCH, config.BASE_DIM]
     words = [sys.executable, str(ROOT / "train.py"), "cpu", "--resume", "--output", str(output)]
     words += ["--epochs", str(round(seen / PICTURES)), "--sample_every", "10", "--save_every", "5", "--keep", "1"]
     for field in dataclasses.fields(Params):
@@ -114,7 +123,9 @@ def train(options: Options, name: str, config: Params, core: int) -> bool:
             words += [f"--{field.name}"] + ([] if value is True else [str(value)])
     output.mkdir(parents=True, exist_ok=True)
     with (output / "log.txt").open("a") as log:
-        return subprocess.run(["taskset", "-c", str(core), *words], stdout=log, stderr=log, cwd=ROOT).returncode == 0
+        done = subprocess.run(["taskset", "-c", str(core), *words], stdout=log, stderr=log, cwd=ROOT)
+    if done.returncode:
+        raise RuntimeError(f"{output} was stopped, see log.txt there; the same command goes on")
 
 
 def pace(runs: dict[str, Params]) -> dict[str, float]:

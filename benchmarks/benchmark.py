@@ -6,7 +6,7 @@
     data      the default pictures decoded for the first time and read from .cache; captions encoded
     start     whole processes: `train.py --help`; and with a checkpoint in models_vA0/final, test.py with no program
               compiled yet and with all of them on disk; from nothing to a drawn picture, import by import
-    peer      with --peer PYTHON, diffusers on torch beside the first preset, at equal FLOPs: see peer.py
+    peer      with --peer PYTHON, diffusers on torch beside each preset, at equal FLOPs: see peer.py
 
 Everything in one run. Rounds of all that is timed alternate and medians are reported, for a step's ratios those of
 rounds of their own, so that a machine whose speed drifts bends no ratio. FLOPs are those of matrix products and
@@ -315,11 +315,13 @@ def main() -> None:
     path = Path(__file__).with_suffix(".json")
     path.write_text(json.dumps(result, indent=1) + "\n")
     if options.peer:
-        against = path.with_name(f"peer-{names[0]}.json")
         draws = ("--pictures", "1", "--steps", str(STEPS))
-        process(str(path.with_name("peer.py")), names[0], "--python", options.peer, *draws)
-        result["peer"] = json.loads(against.read_text())["peer_seconds_over_ours"]
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        result["peer"] = {}
+        for name in names:
+            process(str(path.with_name("peer.py")), name, "--python", options.peer, *draws)
+            against = json.loads(path.with_name(f"peer-{name}.json").read_text())
+            result["peer"][name] = against["peer_seconds_over_ours"]
+            path.write_text(json.dumps(result, indent=1) + "\n")
     show(result)
     print(f"{path} written")
 

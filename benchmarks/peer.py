@@ -18,9 +18,9 @@ The peer's network has the preset's plan: the same folded pixels at entry, resol
 resolutions, norm and head sizes. Its layers differ (a transformer block with a feed-forward part where this project
 has plain attention, one more block per resolution on the way up, no pooled caption), so one factor narrows or widens
 it until the FLOPs of a forward pass agree within 10 %. FLOPs are those of matrix products and convolutions, a
-multiply-add being two and a tap on the padding counting, as torch counts them. XLA leaves those taps out, a tenth at
-8 × 8; its count is printed too. Of torch's memory layouts and AdamW kernels the fastest here
-are taken, each tried before the first round.
+multiply-add being two and a tap on the padding counting, as torch counts them; a convolution counts as it is written.
+XLA's count is printed too: it leaves padding out, and counts the products that conv.py makes of a convolution. Of
+torch's memory layouts and AdamW kernels the fastest here are taken, each tried before the first round.
 
 Wants an idle machine: where other programs hold a core, torch's threads spend their time waiting for one another (a
 step measured ten times slower). There, `taskset -c 0 python benchmarks/peer.py …` gives both sides one core.
