@@ -61,7 +61,7 @@ class Options:
     pace: bool = False  # measure the rates, print them and stop
 
 
-PACE = {(2, 96): 15.9, (2, 128): 14.9, (1, 64): 7.9, (4, 128): 26.3}  # pictures/s on one core, by (PATCH, BASE_DIM)
+PACE = {(2, 96): 7.7, (2, 128): 7.2, (1, 64): 3.0, (4, 128): 13.9}  # pictures/s on one core, by (PATCH, BASE_DIM)
 
 
 def configs() -> dict[str, Params]:
