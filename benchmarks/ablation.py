@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,31 +80,33 @@ def main() -> None:
     if unknown := set(options.only) - set(runs):
         sys.exit(f"ablation.py: --only {', '.join(sorted(unknown))}: allowed are {', '.join(runs)}")
     path = Path(__file__).with_suffix(".json")
-    kept = json.loads(path.read_text()) if path.is_file() else {}
-    kept = {name: found for name, found in kept.items() if found["minutes"] == options.minutes}
+    everything = json.loads(path.read_text()) if path.is_file() else {}
+    kept = everything.setdefault(f"{options.minutes:g} minutes", {})
     chosen = [name for name in runs if name in options.only or not options.only]
     cores, measuring = Queue(), Lock()
     for core in itertools.islice(itertools.cycle(sorted(os.sched_getaffinity(0))), options.at_once):
         cores.put(core)
 
     def run(name: str) -> None:
-        core, output = cores.get(), options.output / f"{options.minutes:g}_minutes" / folder(name)
+        core, output = cores.get(), options.output / folder(f"{options.minutes:g} minutes") / folder(name)
         try:
             train(output, runs[name], options.minutes, core)
         finally:
             cores.put(core)
         with measuring:
-            kept[name] = {"minutes": options.minutes, **measure(output)}
+            kept[name] = measure(output)
             with replacing(path) as beside:
-                beside.write_text(json.dumps({name: kept[name] for name in runs if name in kept}, indent=1) + "\n")
+                beside.write_text(json.dumps(everything, indent=1) + "\n")
         print(f"{name}: trained, measured", flush=True)
 
     with ThreadPoolExecutor(options.at_once) as pool:
         waiting = [pool.submit(run, name) for name in chosen if name not in kept]
-    faults = [str(fault) for fault in (done.exception() for done in waiting) if fault]
+    faults = [fault for fault in (done.exception() for done in waiting) if fault]
+    for fault in faults:
+        traceback.print_exception(fault)
     if kept:
         print(table({name: kept[name] for name in runs if name in kept}))
-    sys.exit("\n".join(faults) or None)
+    sys.exit("\n".join(map(str, faults)) or None)
 
 
 def folder(name: str) -> str:

@@ -10,7 +10,7 @@ import pytest
 def measured(shift):
     """What a run shows whose error is e^shift at every level of two held-out pictures."""
     return {
-        "minutes": 1.0, "pictures": 512, "log_error": [[shift] * 10, [1 + shift] * 10],
+        "pictures": 512, "log_error": [[shift] * 10, [1 + shift] * 10],
         "top1": 0.25, "top5": 0.5, "median_rank": 3.0, "own_distance": 40.0,
     }  # fmt: skip
 
@@ -35,7 +35,8 @@ def ended(said=None):
 
 
 def test_a_measured_run_is_only_shown_and_a_new_one_is_kept(ablated, monkeypatch, capsys):
-    ablated.write_text(json.dumps({"v": measured(0.0), "eps": measured(1.0) | {"minutes": 2.0}}))
+    others = {"eps": measured(1.0)}
+    ablated.write_text(json.dumps({"1 minutes": {"v": measured(0.0)}, "2 minutes": others}))
     trained = []
     monkeypatch.setattr(ablation, "train", lambda output, config, minutes, core: trained.append(output.name))
     monkeypatch.setattr(ablation, "measure", lambda run: measured(math.log(2)))
@@ -46,6 +47,7 @@ def test_a_measured_run_is_only_shown_and_a_new_one_is_kept(ablated, monkeypatch
             ["| v", "512", "1.000 ± 0.000"], ["| eps", "512", "2.000 ± 0.000"],
         ]  # fmt: skip
     assert trained == ["eps"]
+    assert json.loads(ablated.read_text())["2 minutes"] == others
 
 
 def test_a_run_that_fails_stops_no_other_and_is_told(ablated, monkeypatch, capsys):
@@ -56,7 +58,7 @@ def test_a_run_that_fails_stops_no_other_and_is_told(ablated, monkeypatch, capsy
     monkeypatch.setattr(ablation, "train", train)
     monkeypatch.setattr(ablation, "measure", lambda run: measured(0.0))
     ended("stopped")
-    assert list(json.loads(ablated.read_text())) == ["eps"]
+    assert list(json.loads(ablated.read_text())["1 minutes"]) == ["eps"]
     assert "| eps |" in capsys.readouterr().out
 
 
