@@ -2,7 +2,8 @@
 
 Each run is `train.py cpu` on the first 512 pictures with a few fields changed. So that a busy machine bends nothing,
 cost is counted in pictures: as many as the run's network gets through in `minutes` on one core by the rates of PACE,
-which `--pace` measures anew, one step of each in turn. Runs go on where they were stopped, `--at_once` side by side.
+which `--pace` measures anew, one step of each in turn. Runs go on where they were stopped, `--at_once` side by side;
+on a GPU, which they share, it takes minutes (with XLA_PYTHON_CLIENT_MEM_FRACTION=0.05 they fit beside one another).
 What a run showed goes into benchmarks/ablation.json as soon as it ends, and is not asked again: the table grows from
 one machine to the next. Delete the file when RUNS or the steps of training change.
 
@@ -60,6 +61,7 @@ class Options:
     at_once: int = 2  # runs side by side, on one core each
     output: Path = Path("models_ablation")  # folder of the runs
     pace: bool = False  # measure the rates, print them and stop
+    measure: Path | None = None  # print what the run in this folder shows, and stop
 
 
 PACE = {(2, 96): 7.7, (2, 128): 7.2, (1, 64): 3.0, (4, 128): 13.9}  # pictures/s on one core, by (PATCH, BASE_DIM)
@@ -77,13 +79,15 @@ def main() -> None:
     runs = configs()
     if options.pace:
         return print(pace(runs))
+    if options.measure:
+        return print(json.dumps(shown(options.measure)))
     if unknown := set(options.only) - set(runs):
         sys.exit(f"ablation.py: --only {', '.join(sorted(unknown))}: allowed are {', '.join(runs)}")
     path = Path(__file__).with_suffix(".json")
     everything = json.loads(path.read_text()) if path.is_file() else {}
     kept = everything.setdefault(f"{options.minutes:g} minutes", {})
     chosen = [name for name in runs if name in options.only or not options.only]
-    cores, measuring = Queue(), Lock()
+    cores, writing = Queue(), Lock()
     for core in itertools.islice(itertools.cycle(sorted(os.sched_getaffinity(0))), options.at_once):
         cores.put(core)
 
@@ -91,10 +95,11 @@ def main() -> None:
         core, output = cores.get(), options.output / folder(f"{options.minutes:g} minutes") / folder(name)
         try:
             train(output, runs[name], options.minutes, core)
+            found = measure(output, core)
         finally:
             cores.put(core)
-        with measuring:
-            kept[name] = measure(output)
+        with writing:
+            kept[name] = found
             with replacing(path) as beside:
                 beside.write_text(json.dumps(everything, indent=1) + "\n")
         print(f"{name}: trained, measured", flush=True)
@@ -118,17 +123,29 @@ def train(output: Path, config: Params, minutes: float, core: int) -> None:
     if (output / "final").is_dir():
         return
     seen = minutes * 60 * PACE[config.PATCH, config.BASE_DIM]
-    words = [sys.executable, str(ROOT / "train.py"), "cpu", "--resume", "--output", str(output)]
+    words = ["cpu", "--resume", "--output", str(output)]
     words += ["--epochs", str(round(seen / PICTURES)), "--sample_every", "10", "--save_every", "5", "--keep", "1"]
     for field in dataclasses.fields(Params):
         value = getattr(config, field.name)
         if value != getattr(PRESETS["cpu"], field.name):
             words += [f"--{field.name}"] + ([] if value is True else [str(value)])
     output.mkdir(parents=True, exist_ok=True)
+    on_core(core, output, "train.py", *words)
+
+
+def measure(output: Path, core: int) -> dict:
+    """What a trained run shows, found by a process of its own; RuntimeError if that was stopped."""
+    return json.loads(on_core(core, output, "benchmarks/ablation.py", "--measure", str(output)).splitlines()[-1])
+
+
+def on_core(core: int, output: Path, script: str, *words: str) -> bytes:
+    """What a script prints that runs on one core; all else that it says goes to log.txt in the output folder."""
     with (output / "log.txt").open("a") as log:
-        done = subprocess.run(["taskset", "-c", str(core), *words], stdout=log, stderr=log, cwd=ROOT)
+        command = ["taskset", "-c", str(core), sys.executable, script, *words]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, cwd=ROOT)
     if done.returncode:
-        raise RuntimeError(f"{output} was stopped, see log.txt there; the same command goes on")
+        raise RuntimeError(f"{output}: {script} was stopped, see log.txt there; the same command goes on")
+    return done.stdout
 
 
 def pace(runs: dict[str, Params]) -> dict[str, float]:
@@ -156,7 +173,7 @@ def pace(runs: dict[str, Params]) -> dict[str, float]:
     return {str(size): round(B / statistics.median(taken[2:]), 1) for size, taken in times.items()}
 
 
-def measure(run: Path) -> dict:
+def shown(run: Path) -> dict:
     """Held-out errors and caption accuracy of a run's end."""
     import numpy as np
 

@@ -1,6 +1,7 @@
-"""How fast an H100 could train at best, by count: `python benchmarks/roofline.py [PRESET …]`, all if none is named.
+"""How fast an H100 could train at best, by count: `python benchmarks/roofline.py [--measure] [PRESET …]`.
 
-Nothing here is measured. Every matrix product and convolution of the training step, forward and backward, is read from
+Nothing here is measured, but with --measure: the same steps, ten of them as one program as train.py takes them on an
+accelerator, timed on the one that JAX finds (an H200 differs from an H100 in its memory alone). Every matrix product and convolution of the training step, forward and backward, is read from
 its jaxpr (count.py) and takes as long as its FLOPs at the peak rate, or as its bytes through the memory, whichever is
 longer (Williams et al. 2009). All else costs no time, as if it were fused into these, but for what the state moves:
 each weight, its two moments and its gradient (read twice, first for its norm) through AdamW, both averages every
@@ -13,26 +14,31 @@ default, its scores written out.
 
 Peaks: NVIDIA's data sheet of the H100 SXM: 3.35 TB/s; 989 TFLOP/s in bf16 and 495 in TF32, half of what it prints "with
 sparsity"; 67 in float32. TF32 is what JAX's default precision makes of float32 on such a GPU (docs.jax.dev, "Matmul
-precision"); JAX_DEFAULT_MATMUL_PRECISION=highest is true float32.
+precision"); jax.default_matmul_precision("highest") is true float32.
 """
 
 import dataclasses
 import json
 import os
+import statistics
 import sys
+import time
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # only traces: the count is the same everywhere
+if "--measure" not in sys.argv[1:]:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # only traces: the count is the same everywhere
 
 import jax
 import made_up
 from count import Operation, operations
 
+import device
 import training
 from params import PRESETS, Params
+from train import TOGETHER
 
 BANDWIDTH = 3.35e12  # bytes per second
 PEAKS = {"bf16": 989e12, "TF32": 495e12, "float32": 67e12}  # FLOP per second
@@ -87,26 +93,58 @@ def roofline(config: Params, arithmetic: str) -> dict[str, float]:
     }
 
 
+def measured(config: Params, arithmetic: str, rounds: int = 9) -> dict[str, float]:
+    """What a step takes on this machine, the median of some programs of ten, and the memory that it needs."""
+    config = dataclasses.replace(config, compute="bfloat16" if arithmetic == "bf16" else "float32")
+    n = TOGETHER if device.on_accelerator() else 1
+    data, (init_key, keys) = made_up.data(config, config.MAX_INDEX or PICTURES), training.streams(0)
+    state = training.init(config, made_up.TEXT_DIM, init_key)
+    with jax.default_matmul_precision("highest" if arithmetic == "float32" else "default"):
+        step = training.build_train_step(config, training.structure(config, made_up.TEXT_DIM))
+        start = time.perf_counter()
+        steps = training.several(step, n).lower(state, data, keys).compile()
+    compiling = time.perf_counter() - start
+    times = []
+    for _ in range(rounds + 2):
+        start = time.perf_counter()
+        state, loss = steps(state, data, keys)
+        loss.block_until_ready()
+        times.append((time.perf_counter() - start) / n)
+    memory = steps.memory_analysis()
+    return {
+        "measured_on": jax.devices()[0].device_kind,
+        "measured_step_seconds": statistics.median(times[2:]),
+        "measured_images_per_second": config.B / statistics.median(times[2:]),
+        "memory_gib": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**30,
+        "compile_seconds": compiling,
+    }
+
+
 def main() -> None:
-    names = sys.argv[1:] or list(PRESETS)
-    if {"-h", "--help"} & set(names):
+    words = sys.argv[1:]
+    measuring = "--measure" in words
+    names = [word for word in words if word != "--measure"] or list(PRESETS)
+    if {"-h", "--help"} & set(words):
         sys.exit(__doc__)
     if unknown := set(names) - set(PRESETS):
         sys.exit(f"no preset {', '.join(sorted(unknown))} (presets: {', '.join(PRESETS)})")
-    print("| preset, batch | in | TFLOP | GB | operations | ms at least | pictures/s at most | compute-bound |")
-    print("|---|---|---|---|---|---|---|---|")
-    found = {}
+    path = Path(__file__).with_suffix(".json")
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    print("| preset, batch | in | TFLOP | GB | operations | ms at least | pictures/s at most | compute-bound | measured |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for name in names:
-        found[name] = rows = {arithmetic: roofline(PRESETS[name], arithmetic) for arithmetic in PEAKS}
-        for arithmetic, row in rows.items():
+        found[name] = {arithmetic: roofline(PRESETS[name], arithmetic) for arithmetic in PEAKS}
+        for arithmetic, row in found[name].items():
+            if measuring:
+                row |= measured(PRESETS[name], arithmetic)
             print(
                 f"| {name}, {row['batch']} | {arithmetic} | {row['tflop']:.3g} | {row['gigabytes']:.3g} "
                 f"| {row['operations']} | {1e3 * row['step_seconds']:.3g} | {row['images_per_second']:,.0f} "
-                f"| {row['compute_bound_share']:.0%} |",
+                f"| {row['compute_bound_share']:.0%} | "
+                + (f"{row['measured_images_per_second']:,.0f} pictures/s |" if measuring else "|"),
                 flush=True,
             )
-    path = Path(__file__).with_suffix(".json")
-    path.write_text(json.dumps(found, indent=1) + "\n")
+            path.write_text(json.dumps(found, indent=1) + "\n")
     print(f"{path} written")
 
 

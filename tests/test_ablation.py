@@ -39,7 +39,7 @@ def test_a_measured_run_is_only_shown_and_a_new_one_is_kept(ablated, monkeypatch
     ablated.write_text(json.dumps({"1 minutes": {"v": measured(0.0)}, "2 minutes": others}))
     trained = []
     monkeypatch.setattr(ablation, "train", lambda output, config, minutes, core: trained.append(output.name))
-    monkeypatch.setattr(ablation, "measure", lambda run: measured(math.log(2)))
+    monkeypatch.setattr(ablation, "measure", lambda output, core: measured(math.log(2)))
     for _ in range(2):
         ended()
         table = capsys.readouterr().out.splitlines()[-2:]
@@ -56,7 +56,7 @@ def test_a_run_that_fails_stops_no_other_and_is_told(ablated, monkeypatch, capsy
             raise RuntimeError("stopped")
 
     monkeypatch.setattr(ablation, "train", train)
-    monkeypatch.setattr(ablation, "measure", lambda run: measured(0.0))
+    monkeypatch.setattr(ablation, "measure", lambda output, core: measured(0.0))
     ended("stopped")
     assert list(json.loads(ablated.read_text())["1 minutes"]) == ["eps"]
     assert "| eps |" in capsys.readouterr().out
