@@ -1,11 +1,11 @@
 """How fast an H100 could train at best, by count: `python benchmarks/roofline.py [--measure] [PRESET …]`.
 
-Nothing here is measured, but with --measure: the same steps, ten of them as one program as train.py takes them on an
-accelerator, timed on the one that JAX finds (an H200 differs from an H100 in its memory alone). Every matrix product and convolution of the training step, forward and backward, is read from
-its jaxpr (count.py) and takes as long as its FLOPs at the peak rate, or as its bytes through the memory, whichever is
-longer (Williams et al. 2009). All else costs no time, as if it were fused into these, but for what the state moves:
-each weight, its two moments and its gradient (read twice, first for its norm) through AdamW, both averages every
-eighth step, in bf16 a copy of the weights; and the pictures and captions of a batch.
+Every matrix product and convolution of the training step, forward and backward, is read from its jaxpr (count.py) and
+takes as long as its FLOPs at the peak rate, or as its bytes through the memory, whichever is longer (Williams et al.
+2009). All else costs no time, as if it were fused into these, but for what the state moves: each weight, its two
+moments and its gradient (read twice, first for its norm) through AdamW, both averages every eighth step, in bf16 a copy
+of the weights; and the pictures and captions of a batch. Nothing is measured, but with --measure: the same steps on the
+accelerator that JAX finds, ten of them as one program, as train.py takes them there.
 
 A real step is slower: peaks are not reached, norms and softmax make passes of their own, and each operation takes some
 microseconds to launch, which decides where the table leaves it less than that. In one way it may be faster: what stays
@@ -13,8 +13,8 @@ in the 50 MB of cache between two operations is counted here as read from the me
 default, its scores written out.
 
 Peaks: NVIDIA's data sheet of the H100 SXM: 3.35 TB/s; 989 TFLOP/s in bf16 and 495 in TF32, half of what it prints "with
-sparsity"; 67 in float32. TF32 is what JAX's default precision makes of float32 on such a GPU (docs.jax.dev, "Matmul
-precision"); jax.default_matmul_precision("highest") is true float32.
+sparsity"; 67 in float32; an H200 differs in its memory alone. TF32 is what JAX's default precision makes of float32 on
+such a GPU (docs.jax.dev, "Matmul precision"); jax.default_matmul_precision("highest") is true float32.
 """
 
 import dataclasses
@@ -130,7 +130,7 @@ def main() -> None:
         sys.exit(f"no preset {', '.join(sorted(unknown))} (presets: {', '.join(PRESETS)})")
     path = Path(__file__).with_suffix(".json")
     found = json.loads(path.read_text()) if path.is_file() else {}
-    print("| preset, batch | in | TFLOP | GB | operations | ms at least | pictures/s at most | compute-bound | measured |")
+    print("| preset, batch | in | TFLOP | GB | operations | ms at least | at most | compute-bound | measured |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name in names:
         found[name] = {arithmetic: roofline(PRESETS[name], arithmetic) for arithmetic in PEAKS}
