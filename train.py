@@ -15,6 +15,7 @@ import shlex
 import signal
 import sys
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -226,7 +227,10 @@ def run(options: Options) -> str | None:
     train_step = training.build_train_step(config, graphdef, steps)
     few = config.stream or config.log_every < TOGETHER
     most = TOGETHER if device.on_accelerator() and not few else 1
-    programs = {n: training.several(train_step, n).lower(state, batch, keys).compile() for n in {1, most}}
+    if first and step < steps:
+        print("compiling the training step; the next run reads it from .cache/xla", flush=True)
+    lengths = set(walk(step, most, config, concepts))
+    programs = {n: training.several(train_step, n).lower(state, batch, keys).compile() for n in lengths}
     learning_rate = training.learning_rate(config, steps)
     rate_before = jax.jit(lambda step: learning_rate(step - 1))  # of the step that led here, on the device
     heldout_loss = heldout.build_watch(config, graphdef, unseen, encoder)
@@ -338,6 +342,14 @@ def together(step: int, most: int, config: Params, concepts: int) -> int:
     """
     on_the_way = range(step + 1, step + most)
     return 1 if step % most or any(due(number, config, concepts).reading for number in on_the_way) else most
+
+
+def walk(step: int, most: int, config: Params, concepts: int) -> Iterator[int]:
+    """How many steps each program takes from here to the end of the run."""
+    while step < last(config, concepts):
+        n = together(step, most, config, concepts)
+        yield n
+        step += n
 
 
 def stop_signal() -> list[int]:

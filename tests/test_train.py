@@ -169,14 +169,18 @@ def test_ctrl_c_saves_and_a_resumed_run_equals_an_undisturbed_one(tmp_path, tiny
 def test_steps_taken_together_never_pass_over_one_after_which_something_is_due(B, concepts, every, most):
     log_every, sample_every, save_every = every
     config = Params(B=B, epochs=30, log_every=log_every, sample_every=sample_every, save_every=save_every)
-    steps, walk = train.last(config, concepts), [0]
-    while walk[-1] < steps:
-        walk.append(walk[-1] + train.together(walk[-1], most, config, concepts))
+    steps, lengths = train.last(config, concepts), list(train.walk(0, most, config, concepts))
+    reached = np.cumsum(lengths).tolist()
     assert (steps - 1) * B < 30 * concepts <= steps * B
-    assert walk[-1] == steps
-    assert {step for step in range(1, steps + 1) if train.due(step, config, concepts).reading} <= set(walk)
-    assert set(np.diff(walk)) == ({1, most} if log_every >= most else {1})
+    assert reached[-1] == steps
+    assert {step for step in range(1, steps + 1) if train.due(step, config, concepts).reading} <= set(reached)
+    assert set(lengths) == ({1, most} if log_every >= most else {1})
+    assert list(train.walk(reached[2], most, config, concepts)) == lengths[3:]
     assert train.together(0, 1, config, concepts) == 1
+
+
+def test_the_preset_for_a_gpu_needs_no_program_of_single_steps():
+    assert set(train.walk(0, train.TOGETHER, PRESETS["emoji64"], 1824)) == {train.TOGETHER}
 
 
 def test_an_accelerator_takes_steps_together_and_the_run_is_the_same(call, tiny, monkeypatch):
@@ -187,7 +191,7 @@ def test_an_accelerator_takes_steps_together_and_the_run_is_the_same(call, tiny,
     taken, together = [], train.together
     monkeypatch.setattr(train, "together", lambda *about: taken.append(together(*about)) or taken[-1])
     call(train, *flags(config), "--output", "undisturbed")
-    assert taken == [4, 4, 1, 1, 1, 1, 4]  # epoch 4 ends with step 11
+    assert taken == [4, 4, 1, 1, 1, 1, 4] * 2  # epoch 4 ends with step 11; what to compile is found by the same walk
     apart, at_once = metrics("by_itself"), metrics("undisturbed")
     assert [line["step"] for line in apart] == [line["step"] for line in at_once] == [4, 8, 11, 12, 16]
     for field in ("loss", "grad_norm", "learning_rate", "epoch"):
@@ -196,7 +200,7 @@ def test_an_accelerator_takes_steps_together_and_the_run_is_the_same(call, tiny,
     Path("undisturbed").rename("resumed")
     Path("resumed/final").rename("undisturbed")
     assert "resumed from resumed/epoch4, step 11" in call(train, *flags(config), "--output", "resumed", "--resume")
-    assert taken[7:] == [1, 4]
+    assert taken[14:] == [1, 4] * 2
     resumed, undisturbed = (weights(path, tiny) for path in ("resumed/final", "undisturbed"))
     for a, b in zip(jax.tree.leaves(resumed), jax.tree.leaves(undisturbed), strict=True):
         np.testing.assert_array_equal(a, b)
