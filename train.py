@@ -227,10 +227,10 @@ def run(options: Options) -> str | None:
     train_step = training.build_train_step(config, graphdef, steps)
     few = config.stream or config.log_every < TOGETHER
     most = TOGETHER if device.on_accelerator() and not few else 1
-    if first and step < steps:
+    plan = list(walk(step, most, config, concepts))
+    if first and plan:
         print("compiling the training step; the next run reads it from .cache/xla", flush=True)
-    lengths = set(walk(step, most, config, concepts))
-    programs = {n: training.several(train_step, n).lower(state, batch, keys).compile() for n in lengths}
+    programs = {n: training.several(train_step, n).lower(state, batch, keys).compile() for n in set(plan)}
     learning_rate = training.learning_rate(config, steps)
     rate_before = jax.jit(lambda step: learning_rate(step - 1))  # of the step that led here, on the device
     heldout_loss = heldout.build_watch(config, graphdef, unseen, encoder)
@@ -250,8 +250,9 @@ def run(options: Options) -> str | None:
     stop, out_of_time = enough(meet=True)
     fault = ""
     with saver, tqdm(**seen, smoothing=0.05, disable=None if first else True) as bar:
-        while step < steps and not (stop or out_of_time or fault):
-            n = together(step, most, config, concepts)
+        for n in plan:
+            if stop or out_of_time or fault:
+                break
             state, loss = programs[n](state, batch, keys)
             step += n
             try:

@@ -191,7 +191,7 @@ def test_an_accelerator_takes_steps_together_and_the_run_is_the_same(call, tiny,
     taken, together = [], train.together
     monkeypatch.setattr(train, "together", lambda *about: taken.append(together(*about)) or taken[-1])
     call(train, *flags(config), "--output", "undisturbed")
-    assert taken == [4, 4, 1, 1, 1, 1, 4] * 2  # epoch 4 ends with step 11; what to compile is found by the same walk
+    assert taken == [4, 4, 1, 1, 1, 1, 4]  # epoch 4 ends with step 11
     apart, at_once = metrics("by_itself"), metrics("undisturbed")
     assert [line["step"] for line in apart] == [line["step"] for line in at_once] == [4, 8, 11, 12, 16]
     for field in ("loss", "grad_norm", "learning_rate", "epoch"):
@@ -200,7 +200,7 @@ def test_an_accelerator_takes_steps_together_and_the_run_is_the_same(call, tiny,
     Path("undisturbed").rename("resumed")
     Path("resumed/final").rename("undisturbed")
     assert "resumed from resumed/epoch4, step 11" in call(train, *flags(config), "--output", "resumed", "--resume")
-    assert taken[14:] == [1, 4] * 2
+    assert taken[7:] == [1, 4]
     resumed, undisturbed = (weights(path, tiny) for path in ("resumed/final", "undisturbed"))
     for a, b in zip(jax.tree.leaves(resumed), jax.tree.leaves(undisturbed), strict=True):
         np.testing.assert_array_equal(a, b)
