@@ -73,9 +73,13 @@ def bound(each: Iterable[Operation], other_bytes: float, peak: float) -> tuple[f
     return sum(map(max, times)) + other_bytes / BANDWIDTH, computing
 
 
+def computing_in(config: Params, arithmetic: str) -> Params:
+    return dataclasses.replace(config, compute="bfloat16" if arithmetic == "bf16" else "float32")
+
+
 def roofline(config: Params, arithmetic: str) -> dict[str, float]:
     """The figures of one row of the table."""
-    config = dataclasses.replace(config, compute="bfloat16" if arithmetic == "bf16" else "float32")
+    config = computing_in(config, arithmetic)
     each, weights = step_operations(config)
     assert {operation.dtype for operation in each} == {config.compute}  # so that one peak holds for all
     other = state_bytes(weights, config)
@@ -95,7 +99,7 @@ def roofline(config: Params, arithmetic: str) -> dict[str, float]:
 
 def measured(config: Params, arithmetic: str, rounds: int = 9) -> dict[str, float]:
     """What a step takes on this machine, the median of some programs of ten, and the memory that it needs."""
-    config = dataclasses.replace(config, compute="bfloat16" if arithmetic == "bf16" else "float32")
+    config = computing_in(config, arithmetic)
     n = TOGETHER if device.on_accelerator() else 1
     data, (init_key, keys) = made_up.data(config, config.MAX_INDEX or PICTURES), training.streams(0)
     state = training.init(config, made_up.TEXT_DIM, init_key)
@@ -133,8 +137,10 @@ def main() -> None:
     print("| preset, batch | in | TFLOP | GB | operations | ms at least | at most | compute-bound | measured |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name in names:
-        found[name] = {arithmetic: roofline(PRESETS[name], arithmetic) for arithmetic in PEAKS}
-        for arithmetic, row in found[name].items():
+        rows = found.setdefault(name, {})
+        for arithmetic in PEAKS:
+            row = rows.setdefault(arithmetic, {})  # with what an earlier run has measured
+            row |= roofline(PRESETS[name], arithmetic)
             if measuring:
                 row |= measured(PRESETS[name], arithmetic)
             print(

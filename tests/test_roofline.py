@@ -93,6 +93,12 @@ def test_the_table_has_a_row_for_every_peak_and_is_kept_as_json(tiny, tmp_path, 
     assert written == f"{tmp_path / 'roofline.json'} written"
     kept = json.loads((tmp_path / "roofline.json").read_text())
     assert kept["tiny"]["TF32"] == roofline.roofline(tiny, "TF32")
+    monkeypatch.setattr(roofline, "measured", lambda config, arithmetic: {"measured_images_per_second": 7.0})
+    for words in (["tiny", "--measure"], ["tiny"]):  # counting anew leaves what was measured
+        monkeypatch.setattr("sys.argv", ["roofline.py", *words])
+        roofline.main()
+        kept = json.loads((tmp_path / "roofline.json").read_text())
+        assert kept["tiny"]["TF32"] == {**roofline.roofline(tiny, "TF32"), "measured_images_per_second": 7.0}
     monkeypatch.setattr("sys.argv", ["roofline.py", "small"])
     with pytest.raises(SystemExit, match="no preset small"):
         roofline.main()
