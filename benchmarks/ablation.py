@@ -61,7 +61,7 @@ class Options:
     at_once: int = 2  # runs side by side, on one core each
     output: Path = Path("models_ablation")  # folder of the runs
     pace: bool = False  # measure the rates, print them and stop
-    measure: Path | None = None  # print what the run in this folder shows, and stop
+    measure: Path | None = None  # write what the run in this folder shows to its shown.json, and stop
 
 
 PACE = {(2, 96): 7.7, (2, 128): 7.2, (1, 64): 3.0, (4, 128): 13.9}  # pictures/s on one core, by (PATCH, BASE_DIM)
@@ -80,7 +80,9 @@ def main() -> None:
     if options.pace:
         return print(pace(runs))
     if options.measure:
-        return print(json.dumps(shown(options.measure)))
+        with replacing(options.measure / "shown.json") as beside:
+            beside.write_text(json.dumps(shown(options.measure)))
+        return
     if unknown := set(options.only) - set(runs):
         sys.exit(f"ablation.py: --only {', '.join(sorted(unknown))}: allowed are {', '.join(runs)}")
     path = Path(__file__).with_suffix(".json")
@@ -135,17 +137,17 @@ def train(output: Path, config: Params, minutes: float, core: int) -> None:
 
 def measure(output: Path, core: int) -> dict:
     """What a trained run shows, found by a process of its own; RuntimeError if that was stopped."""
-    return json.loads(on_core(core, output, "benchmarks/ablation.py", "--measure", str(output)).splitlines()[-1])
+    on_core(core, output, "benchmarks/ablation.py", "--measure", str(output))
+    return json.loads((output / "shown.json").read_text())
 
 
-def on_core(core: int, output: Path, script: str, *words: str) -> bytes:
-    """What a script prints that runs on one core; all else that it says goes to log.txt in the output folder."""
+def on_core(core: int, output: Path, script: str, *words: str) -> None:
+    """Run a script on one core; what it says goes to log.txt in the output folder."""
     with (output / "log.txt").open("a") as log:
         command = ["taskset", "-c", str(core), sys.executable, script, *words]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, cwd=ROOT)
+        done = subprocess.run(command, stdout=log, stderr=log, cwd=ROOT)
     if done.returncode:
         raise RuntimeError(f"{output}: {script} was stopped, see log.txt there; the same command goes on")
-    return done.stdout
 
 
 def pace(runs: dict[str, Params]) -> dict[str, float]:
