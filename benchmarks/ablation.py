@@ -1,11 +1,11 @@
 """One choice of the recipe after the other, at equal cost: `python benchmarks/ablation.py [--minutes 30]`.
 
-Each run is `train.py cpu` on the first 512 pictures with a few fields changed. So that a busy machine bends nothing,
-cost is counted in pictures: as many as the run's network gets through in `minutes` on one core by the rates of PACE,
-which `--pace` measures anew, one step of each in turn. Runs go on where they were stopped, `--at_once` side by side;
-on a GPU, which they share, it takes minutes (with XLA_PYTHON_CLIENT_MEM_FRACTION=0.05 they fit beside one another).
-What a run showed goes into benchmarks/ablation.json as soon as it ends, and is not asked again: the table grows from
-one machine to the next. Delete the file when RUNS or the steps of training change.
+Each run is `train.py cpu` on the first 512 pictures, with BASE and a few fields changed from it. So that a busy machine
+bends nothing, cost is counted in pictures: as many as the run's network gets through in `minutes` on one core by the
+rates of PACE, which `--pace` measures anew, one step of each in turn. Runs go on where they were stopped, `--at_once`
+side by side; on a GPU, which they share, it takes minutes (with XLA_PYTHON_CLIENT_MEM_FRACTION=0.05 they fit beside one
+another). What a run showed goes into benchmarks/ablation.json as soon as it ends, and is not asked again: the table
+grows from one machine to the next. Delete the file when RUNS or the steps of training change.
 
 Judged on the averaged weights: the error on held-out pictures, each level's and overall, as the geometric mean of the
 error of the velocity (whatever is predicted, so that runs compare) beside that of the first run on the same questions;
@@ -16,6 +16,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -36,6 +37,7 @@ from params import PRESETS, Params
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES, DRAWN = 512, 128
+BASE = {"prediction": "v", "PATCH": 2, "BASE_DIM": 96}  # in full, as the preset follows the winner
 RUNS = {
     "v": {},
     "v, 128 channels": {"BASE_DIM": 128, "BLOCKS": 1},
@@ -51,7 +53,7 @@ RUNS = {
     "x0, patch 4": {"PATCH": 4, "BASE_DIM": 128, "prediction": "x0"},
     "v, even t": {"low_discrepancy": True},
 }
-SECOND_SEED = ("v", "x0")  # run once more with another seed: how much of a difference is chance
+SECOND_SEED = ("v", "x0", "x0, patch 4")  # run once more with another seed: how much of a difference is chance
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ PACE = {(2, 96): 7.7, (2, 128): 7.2, (1, 64): 3.0, (4, 128): 13.9}  # pictures/s
 
 
 def configs() -> dict[str, Params]:
-    """Every run by name: the `cpu` preset with its changes."""
-    base = dataclasses.replace(PRESETS["cpu"], MAX_INDEX=PICTURES)
+    """Every run by name: the `cpu` preset with BASE, then with its changes."""
+    base = dataclasses.replace(PRESETS["cpu"], MAX_INDEX=PICTURES, **BASE)
     runs = {name: dataclasses.replace(base, **changes) for name, changes in RUNS.items()}
     return runs | {f"{name}, seed 1": dataclasses.replace(runs[name], seed=1) for name in SECOND_SEED}
 
@@ -103,7 +105,7 @@ def main() -> None:
         with writing:
             kept[name] = found
             with replacing(path) as beside:
-                beside.write_text(json.dumps(everything, indent=1) + "\n")
+                beside.write_text(lines_of(everything) + "\n")
         print(f"{name}: trained, measured", flush=True)
 
     with ThreadPoolExecutor(options.at_once) as pool:
@@ -114,6 +116,12 @@ def main() -> None:
     if kept:
         print(table({name: kept[name] for name in runs if name in kept}))
     sys.exit("\n".join(map(str, faults)) or None)
+
+
+def lines_of(results: dict) -> str:
+    """JSON with one line for each list of numbers, the errors of one picture."""
+    text = json.dumps(results, indent=1)
+    return re.sub(r"\[[-\d.,\s]+\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), text)
 
 
 def folder(name: str) -> str:
@@ -207,7 +215,7 @@ def shown(run: Path) -> dict:
         last = json.loads(lines.readlines()[-1])
     return {
         "pictures": last["images"],
-        "log_error": error.tolist(),
+        "log_error": error.round(4).tolist(),
         "top1": metrics.top(rank, 1),
         "top5": metrics.top(rank, 5),
         "median_rank": float(np.median(rank) + 1),
