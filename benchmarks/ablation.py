@@ -37,7 +37,7 @@ from params import PRESETS, Params
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES, DRAWN = 512, 128
-BASE = {"prediction": "v", "PATCH": 2, "BASE_DIM": 96}  # in full, as the preset follows the winner
+BASE = {"prediction": "v", "PATCH": 2, "BASE_DIM": 96}  # in full, as the preset may change
 RUNS = {
     "v": {},
     "v, 128 channels": {"BASE_DIM": 128, "BLOCKS": 1},
@@ -52,6 +52,12 @@ RUNS = {
     "v, augmentation": {"augmentation": 0.15},
     "x0, patch 4": {"PATCH": 4, "BASE_DIM": 128, "prediction": "x0"},
     "v, even t": {"low_discrepancy": True},
+    "v, three resolutions": {
+        "BASE_DIM": 64,
+        "DIM_MULTS": (1, 2, 4),
+        "self_attention": (1, 2),
+        "cross_attention": (1, 2),
+    },
 }
 SECOND_SEED = ("v", "x0", "x0, patch 4")  # run once more with another seed: how much of a difference is chance
 
@@ -138,7 +144,8 @@ def train(output: Path, config: Params, minutes: float, core: int) -> None:
     for field in dataclasses.fields(Params):
         value = getattr(config, field.name)
         if value != getattr(PRESETS["cpu"], field.name):
-            words += [f"--{field.name}"] + ([] if value is True else [str(value)])
+            values = value if isinstance(value, tuple) else () if value is True else (value,)
+            words += [f"--{field.name}", *map(str, values)]
     output.mkdir(parents=True, exist_ok=True)
     on_core(core, output, "train.py", *words)
 
