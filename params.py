@@ -195,3 +195,15 @@ PRESETS = {  # why each predicts what it does, on patches of that size: LOG.md, 
     "cpu": _cpu,
     "emoji64": Params(prediction="v"),
 }  # fmt: skip
+
+
+def flags(config: Params, preset: str) -> list[str]:
+    """The words after `python train.py` that make `config` out of a preset whose switches are all off."""
+    words = [preset]
+    for field in dataclasses.fields(Params):
+        value = getattr(config, field.name)
+        if value is True:
+            words.append(f"--{field.name}")
+        elif value != getattr(PRESETS[preset], field.name):
+            words += [f"--{field.name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return words

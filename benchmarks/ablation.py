@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tyro
 
 from files import replacing
-from params import PRESETS, Params
+from params import PRESETS, Params, flags
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES, DRAWN = 512, 128
@@ -140,13 +140,8 @@ def train(output: Path, config: Params, minutes: float, core: int) -> None:
     if (output / "final").is_dir():
         return
     seen = minutes * 60 * PACE[config.PATCH, config.BASE_DIM]
-    words = ["cpu", "--resume", "--output", str(output)]
+    words = [*flags(config, "cpu"), "--resume", "--output", str(output)]
     words += ["--epochs", str(round(seen / PICTURES)), "--sample_every", "10", "--save_every", "5", "--keep", "1"]
-    for field in dataclasses.fields(Params):
-        value = getattr(config, field.name)
-        if value != getattr(PRESETS["cpu"], field.name):
-            values = value if isinstance(value, tuple) else () if value is True else (value,)
-            words += [f"--{field.name}", *map(str, values)]
     output.mkdir(parents=True, exist_ok=True)
     on_core(core, output, "train.py", *words)
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -20,6 +21,7 @@ import checkpoint
 import dataloader
 import dataset
 import evaluate
+import params
 import plot
 import stream
 import test as drawing
@@ -30,16 +32,7 @@ from params import PRESETS, Params
 ROOT = Path(__file__).parent.parent
 
 
-def flags(config: Params) -> list[str]:
-    """The command line that makes `config` out of the preset `quick`."""
-    words = ["quick"]
-    for field in dataclasses.fields(Params):
-        value = getattr(config, field.name)
-        if value is True:
-            words.append(f"--{field.name}")
-        elif value != getattr(PRESETS["quick"], field.name):
-            words += [f"--{field.name}", *map(str, value if isinstance(value, tuple) else (value,))]
-    return words
+flags = partial(params.flags, preset="quick")
 
 
 @pytest.fixture
