@@ -22,8 +22,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8, UInt32
 
 import dataset
-from cache import cached
 from dataset import Pictures
+from files import cached
+from images import to_float
 from params import Params
 from text_encoder import TextEncoder
 
@@ -208,31 +209,3 @@ def batch_of(
         return finish(source, dropout_key, step, embedding_dropout=config.embedding_dropout)
     rates = {"embedding_dropout": config.embedding_dropout, "caption_variants": config.caption_variants}
     return sample_batch(source, order_key, dropout_key, step, B=config.B, **rates)
-
-
-# Bytes and floats.
-
-
-def to_float(images: UInt8[Array, "... c"]) -> Float[Array, "... c"]:
-    """Bytes 0 … 255 to [-1, 1]; with transparency, colour times alpha, so that what is hidden has no colour."""
-    image = images.astype(jnp.float32) / 127.5 - 1
-    if images.shape[-1] != 4:
-        return image
-    shown = images[..., :3].astype(jnp.float32) / 255 * (images[..., 3:].astype(jnp.float32) / 255)
-    return jnp.concatenate([2 * shown - 1, image[..., 3:]], axis=-1)
-
-
-def to_bytes(image: Float[Array, "... c"]) -> UInt8[Array, "... c"]:
-    """[-1, 1] to bytes 0 … 255, rounded; what lies outside is clipped, what is transparent becomes white."""
-    whole = (jnp.clip(image, -1, 1) + 1) * 127.5
-    if image.shape[-1] == 4:
-        alpha = whole[..., 3:]
-        colour = jnp.minimum(255 * whole[..., :3] / jnp.maximum(alpha, 1e-6), 255)
-        whole = jnp.concatenate([jnp.where(alpha > 0.5, colour, 255), alpha], axis=-1)
-    return jnp.round(whole).astype(jnp.uint8)
-
-
-def on_white(images: UInt8[np.ndarray, "... 4"]) -> UInt8[np.ndarray, "... 3"]:
-    """Transparent pictures laid on white."""
-    alpha = images[..., 3:].astype(np.float32) / 255
-    return np.round(images[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)

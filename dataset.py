@@ -31,7 +31,7 @@ from typing import Any, NamedTuple, SupportsIndex
 import numpy as np
 from PIL import Image, ImageOps
 
-from cache import cached
+from files import cached
 from params import Params
 
 CSV, MISSING = "full_emoji.csv", "there is no such file"
@@ -161,7 +161,7 @@ def load(
     return pictures._replace(fingerprint=_fingerprint(pictures, pixels=decode))
 
 
-def of(config: Params, root: Path | None = None, *, decode: bool = True) -> Pictures:
+def from_config(config: Params, root: Path | None = None, *, decode: bool = True) -> Pictures:
     """The pictures that a configuration names, those to train on first; `root` where the dataset has moved.
 
     Raises as `load`.

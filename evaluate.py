@@ -23,15 +23,14 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import tyro
 
-import device
-from sampling import Sampling
+from params import Sampling
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from metrics import Neighbours
+    from evaluation.metrics import Neighbours
+    from evaluation.scores import Score
     from pipeline import DiffusionPipeline
-    from scores import Score
 
 BATCH = 16  # captions drawn and kept at a time: what an interruption loses
 CURVE = 64  # training captions drawn for each checkpoint of a curve over time
@@ -52,15 +51,16 @@ class Options:
 
 
 def main() -> None:
-    device.reserve_memory()
     try:
         options = tyro.cli(Options, description=__doc__, use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,))
     except ValueError as error:  # of Sampling, which says which field is wrong and what is allowed
         sys.exit(f"evaluate.py: {error}")
     import dataset
+    import parallel
     from checkpoint import CheckpointError
     from text_encoder import EncoderError
 
+    parallel.setup()
     try:
         evaluate(options)
     except (dataset.DatasetError, CheckpointError, EncoderError, ValueError, OSError) as error:
@@ -71,7 +71,7 @@ def main() -> None:
 
 def evaluate(options: Options) -> None:
     import checkpoint
-    import report
+    from evaluation import report
 
     if options.compare:
         print(report.comparison(options.compare))
@@ -81,7 +81,7 @@ def evaluate(options: Options) -> None:
     if options.report:
         report.pyplot()  # missing? rather now than after the drawing
         if options.extractor != Options.extractor:
-            import features
+            from evaluation import features
 
             features.load(options.extractor)  # likewise
     path = options.checkpoint
@@ -115,7 +115,7 @@ def load(path: Path, options: Options) -> Subject:
     from pipeline import DiffusionPipeline
 
     pipeline = DiffusionPipeline(path, options.encoder, ema=options.ema)
-    pictures = dataset.of(pipeline.config, options.data)
+    pictures = dataset.from_config(pipeline.config, options.data)
     training, heldout = (dataset.side(pictures, heldout=which) for which in (False, True))
     sides = (training.images, training.names, heldout.images, heldout.names)
     subject = Subject(path, pipeline, *sides, pictures.fingerprint, [])
@@ -144,7 +144,7 @@ def choose(names: list[str], heldout: list[str], samples: int, seed: int) -> dic
     Each set is spread over the data and no caption comes twice: where there are fewer captions, fewer are drawn, of
     held-out and invented ones to the gain of the training captions. Seeds count up from `seed` through the sets.
     """
-    from scores import spread
+    from evaluation.scores import spread
 
     unseen = spread(len(heldout), samples // 4)
     made = invented([*names, *heldout], samples // 4)
@@ -192,7 +192,7 @@ def drawings(subject: Subject, sets: dict[str, Captions], options: Options) -> d
     import numpy as np
     from tqdm import tqdm
 
-    from cache import cached
+    from files import cached
 
     recipe = [subject.pipeline.hash, sampling(subject, options)]
     drawn = {}
@@ -214,8 +214,7 @@ def drawings(subject: Subject, sets: dict[str, Captions], options: Options) -> d
 def quick(subject: Subject, options: Options) -> None:
     import numpy as np
 
-    import metrics
-    import scores
+    from evaluation import metrics, scores
 
     names = subject.names
     own, drawn = on_training(subject, options.samples, options)
@@ -230,7 +229,7 @@ def quick(subject: Subject, options: Options) -> None:
 
 def on_training(subject: Subject, most: int, options: Options) -> tuple["np.ndarray", "np.ndarray"]:
     """The rows of at most `most` training captions, and their drawings."""
-    from scores import spread
+    from evaluation.scores import spread
 
     own = spread(len(subject.names), most)
     seeds = [options.seed + i for i in range(len(own))]
@@ -248,9 +247,9 @@ def losses(subject: Subject) -> tuple[list["Score"], dict]:
 
     import checkpoint
     import dataloader
-    import heldout
     import training
-    from scores import mean, spread
+    from evaluation import heldout
+    from evaluation.scores import mean, spread
 
     pipeline = subject.pipeline
     config, like = pipeline.config, pipeline.weights
@@ -274,7 +273,7 @@ def losses(subject: Subject) -> tuple[list["Score"], dict]:
 
 def in_pixels(subject: Subject, drawn: dict, own: Sequence[int]) -> tuple[list["Score"], dict[str, "Neighbours"]]:
     """Caption accuracy and copies by pixels, and the nearest training pictures of every drawing."""
-    from scores import accuracy, flat
+    from evaluation.scores import accuracy, flat
 
     drawn = {on: flat(images) for on, images in drawn.items()}
     training = flat(subject.training)
@@ -283,8 +282,8 @@ def in_pixels(subject: Subject, drawn: dict, own: Sequence[int]) -> tuple[list["
 
 
 def neighbourhood(by: str, drawn: dict, training: "np.ndarray", heldout: "np.ndarray"):
-    import metrics
-    from scores import copies
+    from evaluation import metrics
+    from evaluation.scores import copies
 
     near = {on: metrics.neighbours(rows, training) for on, rows in {**drawn, "real": heldout}.items() if len(rows)}
     real = near.pop("real", None)
@@ -295,8 +294,8 @@ def in_features(
     subject: Subject, sets: dict[str, Captions], drawn: dict, options: Options, clock: "Clock"
 ) -> tuple[list["Score"], dict | None]:
     """What needs the extractor: captions and copies in features, realism, R-precision by a judge."""
-    import features
-    from scores import accuracy, realism
+    from evaluation import features
+    from evaluation.scores import accuracy, realism
 
     try:
         extractor = features.load(options.extractor)
@@ -305,8 +304,8 @@ def in_features(
         return [], None
     by = extractor.name
     with clock.part("features"):
-        training, heldout = (features.of(extractor, images) for images in (subject.training, subject.heldout))
-        drawn = {on: features.of(extractor, images) for on, images in drawn.items()}
+        training, heldout = (features.extract(extractor, images) for images in (subject.training, subject.heldout))
+        drawn = {on: features.extract(extractor, images) for on, images in drawn.items()}
     with clock.part("scores in features"):
         found = accuracy(by, drawn["training"], training, sets["training"].own)
         found += neighbourhood(by, drawn, training, heldout)[0]
@@ -330,14 +329,14 @@ def judged(
 
     Its words are MiniLM's whatever encoder the checkpoint has, so that checkpoints of different encoders compare.
     """
-    import judge as judges
-    from scores import recognition
+    from evaluation import judge as judges
+    from evaluation.scores import recognition
     from text_encoder import MINILM, TextEncoder
 
     if len(chosen.texts) < 6:
         raise ValueError(f"top 5 needs at least 6 of them, got {len(chosen.texts)}; raise --samples or hold out more")
     config, encoder = subject.pipeline.config, TextEncoder(MINILM)
-    judge = judges.of(config, extractor, encoder, root)
+    judge = judges.from_config(config, extractor, encoder, root)
     captions = judges.embed(encoder, chosen.texts, config.TEXT_LEN) - judge.mean
     seen, real = (judge(features) - judge.mean for features in (drawn, heldout[chosen.own]))
     return recognition(f"judge on {extractor.name}", seen, real, captions)
@@ -353,7 +352,7 @@ def over_time(run: list[Path], options: Options) -> list[dict]:
     from files import replacing
     from params import Params
 
-    pictures = dataset.of(Params.from_json(checkpoint.about(run[-1])["config"]), options.data)
+    pictures = dataset.from_config(Params.from_json(checkpoint.about(run[-1])["config"]), options.data)
     keys = entry_keys(run, options, pictures.fingerprint)
     entries = known_entries(run, keys)
     for path, key in zip(run, keys, strict=True):
@@ -385,7 +384,7 @@ def entry_keys(run: list[Path], options: Options, fingerprint: str) -> list[str]
 
 def known_entries(run: list[Path], keys: list[str]) -> dict[str, dict]:
     """What was measured before of a run's checkpoints, oldest first; a damaged file is as good as none."""
-    from report import entry_from
+    from evaluation.report import entry_from
 
     with suppress(OSError, ValueError, TypeError, IndexError):
         saved = json.loads((run[0].parent / "over_time.json").read_text(encoding="utf-8"))
@@ -411,8 +410,8 @@ def full_report(path: Path, options: Options) -> None:
     import numpy as np
 
     import checkpoint
-    import report
-    from scores import ratio
+    from evaluation import report
+    from evaluation.scores import ratio
 
     clock = Clock()
     with clock.part("loading"):

@@ -1,12 +1,16 @@
-"""Files that are whole or not there: written beside their place, then renamed."""
+"""Files that are whole or not there, written beside their place and then renamed, and a cache of arrays."""
 
 import hashlib
 import os
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import numpy as np
+
+CACHE = Path(__file__).resolve().parent / ".cache"  # everything that can be made again; safe to delete
 
 
 @contextmanager
@@ -44,3 +48,18 @@ def writable(folder: Path) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise OSError(f"{folder} cannot be written ({error.strerror}); choose another folder") from error
+
+
+def cached(kind: str, recipe: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """What `make` returns, from the disk where it was made before under the same `recipe`.
+
+    A file that cannot be read is made again, one that cannot be written is made again next time: no cache is an error.
+    """
+    file = CACHE / kind / f"{hashlib.sha256(recipe.encode()).hexdigest()}.npz"
+    # a damaged archive raises nearly anything
+    with suppress(Exception), file.open("rb") as stream, np.load(stream) as saved:
+        return {name: saved[name] for name in saved.files}
+    arrays = make()
+    with suppress(OSError), replacing(file) as beside, beside.open("wb") as stream:  # a full disk costs only time
+        np.savez(stream, **arrays)
+    return arrays

@@ -24,8 +24,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from augmentation import LABELS
-from conv import Conv3x3, Upsample
-from norm import GroupNorm, affine_silu
+from kernels import Conv3x3, GroupNorm, Upsample, affine_silu
 from params import Params
 
 

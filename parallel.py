@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dataloader import Picked
+from files import CACHE
 from params import Params
 
 AXIS = "data"
@@ -35,6 +36,22 @@ HOW = (
 
 class ParallelError(ValueError):
     """The processes or devices cannot work together; the message says why and what to do."""
+
+
+def setup() -> None:
+    """Set JAX up, as far as the user has not: 90 % of a GPU's memory, compiled programs kept in .cache/xla.
+
+    Call it before JAX is first used.
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.90")
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(CACHE / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def on_accelerator() -> bool:
+    """Whether JAX computes on something faster than the CPU."""
+    return jax.default_backend() != "cpu"
 
 
 def join() -> None:
@@ -62,7 +79,7 @@ def join() -> None:
         raise ParallelError(f"--distributed: no cluster is recognised, and {missing} is not set. {HOW}") from error
     atexit.register(_desert)
     barrier("joined")  # while all are here: the first meeting has a time limit, later ones have none
-    if not first():
+    if not is_main():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (open to the end of the process)
 
 
@@ -80,7 +97,7 @@ def leave() -> None:
         jax.distributed.shutdown()
 
 
-def first() -> bool:
+def is_main() -> bool:
     """Whether this is the process that prints and writes; true where there is only one."""
     return jax.process_index() == 0
 
@@ -92,16 +109,16 @@ def barrier(name: str) -> None:
 
 def after_first(name: str) -> None:
     """Let process 0 prepare things alone: the others wait here until it comes to `done_first`."""
-    if not first():
+    if not is_main():
         barrier(name)
 
 
 def done_first(name: str) -> None:
-    if first():
+    if is_main():
         barrier(name)
 
 
-def agreed(*flags: bool, meet: bool) -> tuple[bool, ...]:
+def any_process(*flags: bool, meet: bool) -> tuple[bool, ...]:
     """Each flag as raised by any process. Several processes ask each other only where all `meet`; until then, none."""
     if jax.process_count() == 1:
         return flags
@@ -110,7 +127,7 @@ def agreed(*flags: bool, meet: bool) -> tuple[bool, ...]:
     return tuple(multihost_utils.process_allgather(np.array(flags)).any(axis=0).tolist())
 
 
-def check_alike(**parts: Any) -> None:
+def check_equal(**parts: Any) -> None:
     """Raise ParallelError with the names of the parts that are not the same in every process."""
     hashes = np.array([list(hashlib.sha256(repr(part).encode()).digest()) for part in parts.values()], np.uint8)
     everywhere = multihost_utils.process_allgather(hashes).reshape(-1, *hashes.shape)
@@ -130,17 +147,17 @@ def mesh() -> Mesh:
     return Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
 
 
-def whole() -> NamedSharding:
+def replicated() -> NamedSharding:
     """Every device holds all of an array."""
     return NamedSharding(mesh(), PartitionSpec())
 
 
-def by_rows() -> NamedSharding:
+def batch_sharding() -> NamedSharding:
     """Each device holds its share of the rows."""
     return NamedSharding(mesh(), PartitionSpec(AXIS))
 
 
-def check_divides(config: Params) -> None:
+def check_batch_size(config: Params) -> None:
     """Raise ParallelError where a batch cannot be dealt out evenly."""
     count, parts = mesh().size * config.accumulate, f" in {config.accumulate} parts" if config.accumulate > 1 else ""
     if config.B % count:
@@ -151,35 +168,35 @@ def check_divides(config: Params) -> None:
         )
 
 
-def dealt(tree: Any) -> Any:
+def shard(tree: Any) -> Any:
     """Inside a jitted function: arrays of rows, each device computing its share."""
-    return jax.lax.with_sharding_constraint(tree, by_rows())
+    return jax.lax.with_sharding_constraint(tree, batch_sharding())
 
 
-def replicated(tree: Any) -> Any:
+def replicate(tree: Any) -> Any:
     """Arrays that are the same in every process, laid whole on every device."""
 
     def lay(leaf):
         copies = [jax.device_put(leaf, device) for device in mesh().local_devices]
-        return jax.make_array_from_single_device_arrays(copies[0].shape, whole(), copies)
+        return jax.make_array_from_single_device_arrays(copies[0].shape, replicated(), copies)
 
     return jax.tree.map(lay, tree)
 
 
-def local(tree: Any) -> Any:
+def unreplicate(tree: Any) -> Any:
     """Arrays laid whole on every device, as arrays of one device of this process: what it alone draws or saves."""
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
 
 
-def share(B: int) -> slice:
+def local_rows(B: int) -> slice:
     """The rows of a batch that the devices of this process compute."""
     mine = [place for place, device in enumerate(mesh().devices) if device.process_index == jax.process_index()]
     each = B // mesh().size
     return slice(mine[0] * each, (mine[-1] + 1) * each)
 
 
-def assembled(picked: Picked) -> Picked:
+def global_batch(picked: Picked) -> Picked:
     """The batch of all processes, from the rows that each of them has read: those of its `share`."""
     *rows, null_emb, null_mask = picked
-    rows = [jax.make_array_from_process_local_data(by_rows(), part) for part in rows]
-    return Picked(*rows, *replicated((null_emb, null_mask)))
+    rows = [jax.make_array_from_process_local_data(batch_sharding(), part) for part in rows]
+    return Picked(*rows, *replicate((null_emb, null_mask)))

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -25,17 +26,14 @@ from PIL import Image
 
 import checkpoint as checkpoints
 import dataset
-import device
+import parallel
 import schedule as schedules
-from dataloader import on_white, to_float
-from drawing import Controls, Request, build_draw, noise_of, slerp
 from files import writable
-from grids import as_picture, save_png
+from images import as_picture, on_white, save_png, to_float
 from model import UNet
-from origin import Origin, sha256
-from params import Params
+from params import Params, Sampling
 from samplers import solver, timesteps
-from sampling import Sampling
+from sampling import Controls, Request, build_draw, noise_of, slerp
 from text_encoder import TextEncoder
 
 STEPS = 20  # of the sampler, where nobody says otherwise
@@ -47,6 +45,45 @@ class Edit(NamedTuple):
     image: Image.Image | str | Path
     strength: float | None = None  # 0 … 1: share of the walk from noise to picture; 0.6, or with a mask 1, if None
     mask: Image.Image | str | Path | None = None  # white is drawn anew, black is kept exactly
+
+
+@dataclass(frozen=True)
+class Origin:
+    prompt: str
+    seed: int
+    sampling: Sampling  # with nothing left open
+    checkpoint: str  # hash of all that draws (DiffusionPipeline.hash)
+    size: int | None = None  # width that the picture was enlarged to
+    strength: float | None = None  # of the picture that it started from …
+    image: str | None = None  # … whose hash this is …
+    mask: str | None = None  # … and this its mask's
+
+    def to_text(self) -> dict[str, str]:
+        """Entries of a PNG's text: the fields that say something."""
+        fields = {**vars(self), "sampling": json.dumps(self.sampling.to_json())}
+        return {name: str(value) for name, value in fields.items() if value is not None}
+
+    @classmethod
+    def read(cls, path: Path) -> "Origin":
+        """What a PNG remembers; ValueError where it is none of ours."""
+        with Image.open(path) as picture:
+            text = getattr(picture, "text", {})
+        read = {
+            "seed": int,
+            "size": int,
+            "strength": float,
+            "sampling": lambda text: Sampling.from_json(json.loads(text)),
+        }
+        own = {field.name for field in dataclasses.fields(cls)} & set(text)  # other programs may have added theirs
+        try:
+            return cls(**{name: read.get(name, str)(text[name]) for name in own})
+        except (TypeError, ValueError) as error:
+            why = f"does not say how it was drawn ({error})"
+            raise ValueError(f"{path} {why}; name a PNG written by test.py or generate_image") from error
+
+
+def sha256(array: np.ndarray) -> str:
+    return hashlib.sha256(f"{array.dtype} {array.shape}".encode() + array.tobytes()).hexdigest()
 
 
 class DiffusionPipeline:
@@ -70,7 +107,7 @@ class DiffusionPipeline:
         """
         if ema not in ("short", "long"):
             raise ValueError(f"ema = {ema!r}: allowed are 'short' and 'long'")
-        device.keep_compiled()
+        parallel.setup()
         self.about, config = _about(Path(checkpoint))
         encoder = TextEncoder(encoder or config.encoder)
         graphdef, weights = _network(Path(checkpoint), self.about, config, encoder, ema)
@@ -85,7 +122,9 @@ class DiffusionPipeline:
         self._assemble(config, encoder, graphdef, weights, worse)
 
     @classmethod
-    def of(cls, config: Params, encoder: TextEncoder, graphdef: nnx.GraphDef, weights: dict) -> "DiffusionPipeline":
+    def from_weights(
+        cls, config: Params, encoder: TextEncoder, graphdef: nnx.GraphDef, weights: dict
+    ) -> "DiffusionPipeline":
         """A pipeline around a network that is in memory already."""
         self = cls.__new__(cls)
         self._assemble(config, encoder, graphdef, weights)
@@ -102,8 +141,8 @@ class DiffusionPipeline:
         self.config, self.encoder, self.weights = config, encoder, weights
         self.guide_config, self.guide_weights = (guide[0], guide[2]) if guide else (None, None)
         self.shape = (config.H, config.W, config.CHANNELS)
-        self.schedule = schedules.of(config)
-        self.batch = 16 if device.on_accelerator() else 1  # pictures per call; a CPU is as fast with one as with many
+        self.schedule = schedules.from_config(config)
+        self.batch = 16 if parallel.on_accelerator() else 1  # pictures per call; a CPU is as fast with one as with many
         self._draw = build_draw(config, graphdef, guide and guide[:2])
 
     @cached_property

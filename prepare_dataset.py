@@ -31,7 +31,7 @@ class Options:
 def main(options: Options) -> int:
     """Returns the exit status: 0 if all is well."""
     from dataset import DatasetError  # tyro answers --help before any of the heavy imports
-    from packages import PackageError
+    from sources.packages import PackageError
 
     try:
         return check(options.data) if options.check else prepare(options.data, options.vendor)
@@ -44,9 +44,9 @@ def main(options: Options) -> int:
 
 def prepare(root: Path, vendor: str) -> int:
     import dataset
-    import emoji_sources
+    from sources import emojis
 
-    vendor = emoji_sources.prepare(root, "" if vendor == "any" else vendor)
+    vendor = emojis.prepare(root, "" if vendor == "any" else vendor)
     pictures = dataset.load(root, vendor=vendor, limit=0, height=64, width=64, channels=4)
     sheet = root / f"contact_sheet_{vendor}.png"
     contact_sheet(pictures, sheet)
@@ -61,7 +61,7 @@ def contact_sheet(pictures, path: Path) -> None:
     """A few pictures from all over the dataset."""
     import numpy as np
 
-    from grids import captioned_grid, save_png
+    from images import captioned_grid, save_png
 
     some = np.unique(np.linspace(0, len(pictures.names) - 1, SHOWN).round().astype(int))
     grid = captioned_grid(pictures.images[some], [pictures.names[i] for i in some], columns=16, cell=96)

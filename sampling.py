@@ -1,68 +1,138 @@
-"""How to draw: every choice that shapes a picture beside its words and its seed, in one frozen dataclass."""
+"""The jitted function that draws a batch: from noise and encoded captions to pictures.
 
-import dataclasses
-import math
-from dataclasses import dataclass
-from typing import Literal, get_args
+Around the network stand the wrappers of guidance.py, around those a solver of samplers.py. What is an array may change
+from call to call; what is not an array, or whether an array is there at all, is compiled in.
+"""
 
-Sampler = Literal["ddim", "ddpm", "heun", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m"]  # keys of samplers.SOLVERS
-Spacing = Literal["trailing", "leading", "linspace", "log_snr"]  # keys of samplers.SPACINGS
+from collections.abc import Callable
+from functools import cache, partial
+from typing import NamedTuple
 
-NUMBERS = {  # kind, lowest and highest allowed value
-    "c": (float, 0, 1000),
-    "steps": (int, 1, 100_000),
-    "eta": (float, 0, 1),
-    "temperature": (float, 0, 10),
-    "rescale": (float, 0, 1),
-    "percentile": (float, 0, 1),
-}
-OPEN = ("steps", "eta", "percentile")  # may be None
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+import guidance as guiding
+import schedule as schedules
+from images import to_bytes
+from model import network
+from params import Params
+from samplers import FreshNoise, solver
 
 
-@dataclass(frozen=True)
-class Sampling:
-    c: float = 7.0  # guidance: 1 follows the caption as learned and takes half the time, more insists on it
-    negative_prompt: str = ""  # what to steer away from; if nothing is said, from the empty caption
-    sampler: Sampler = "dpmpp_2m"  # how to walk from noise to picture
-    steps: int | None = None  # of the sampler; 20 if nothing is said
-    spacing: Spacing = "trailing"  # of the steps
-    eta: float | None = None  # fresh noise, 0 to 1 (ancestral); if nothing is said, 1 for ddpm and dpmpp_2m_sde
-    temperature: float = 1.0  # size of the fresh noise
-    rescale: float = 0.0  # share by which the contrast that guidance adds is taken back
-    interval: tuple[float, float] = (0.0, 1.0)  # noise levels t / T that are guided
-    percentile: float | None = None  # dynamic thresholding; if nothing is said, estimates are clipped
-    on_white: bool = False  # draw a picture with transparency on white
+class Request(NamedTuple):
+    """What is asked of each picture of a batch."""
 
-    def __post_init__(self):
-        for field, (kind, low, high) in NUMBERS.items():
-            value = getattr(self, field)
-            if value is None and field in OPEN:
-                continue
-            try:
-                number = kind(value)
-                right = number == value and low <= number <= high
-            except (TypeError, ValueError, OverflowError):
-                right = False
-            if not right:
-                what = "whole numbers" if kind is int else "numbers"
-                raise ValueError(f"{field} = {value!r}: allowed are {what} from {low} to {high}")
-            object.__setattr__(self, field, number)  # a plain number, that JSON can keep, of whatever it was
-        for field, allowed in (("sampler", get_args(Sampler)), ("spacing", get_args(Spacing))):
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"{field} = {getattr(self, field)!r}: allowed are {', '.join(allowed)}")
-        ends = tuple(map(float, self.interval))
-        if len(ends) != 2 or not 0 <= ends[0] <= ends[1] <= 1 or math.isnan(sum(ends)):
-            raise ValueError(f"interval = {self.interval}: allowed are two numbers with 0 <= low <= high <= 1")
-        object.__setattr__(self, "interval", ends)
-        if self.negative_prompt and self.c == 1:
-            raise ValueError(
-                f"negative_prompt = {self.negative_prompt!r} does nothing at c = 1: raise c or leave it out"
+    noisy: Float[Array, "b h w c"]  # where the walk begins
+    seeds: Int[Array, "b"]  # of the fresh noise on the way
+    text_emb: Float[Array, "b k l d"]  # k captions, whose estimates are mixed
+    text_mask: Bool[Array, "b k l"]
+    mix: Float[Array, "b k"]  # share of each caption
+    known: Float[Array, "b h w c"] | None = None  # a picture to keep …
+    drawn: Bool[Array, "b h w 1"] | None = None  # … where this is False
+
+
+class Controls(NamedTuple):
+    """Numbers that may change without recompilation; what is None costs nothing."""
+
+    guidance: Float[Array, ""] | None
+    rescale: Float[Array, ""]
+    interval: Float[Array, "2"] | None
+    percentile: Float[Array, ""] | None
+    eta: Float[Array, ""]
+    temperature: Float[Array, ""]
+    negative_emb: Float[Array, "l d"]
+    negative_mask: Bool[Array, "l"]
+
+
+@cache
+def build_draw(
+    config: Params, graphdef: nnx.GraphDef, guide: tuple[Params, nnx.GraphDef] | None = None
+) -> Callable[..., tuple[UInt8[Array, "b h w c"], UInt8[Array, "b n h w c"] | None]]:
+    """The jitted function that draws a batch; compiled once per batch size, sampler, steps and kind of guidance.
+
+    draw(weights, guide_weights, request, controls, sampler=…, along=…, trace=…) -> pictures, and with trace=True the
+    estimate of each picture at each of the n steps. `along` are the timesteps. Guidance evaluates the network on one
+    enlarged batch, or where there is a guide (configuration and structure of a worse network), that one beside it.
+    """
+    schedule = schedules.from_config(config)
+
+    def estimates(config: Params, graphdef: nnx.GraphDef, weights: dict, text_emb: Array, text_mask: Array) -> Callable:
+        """Clean images [b, k, h, w, c] that a network sees in `noisy` under each of k captions."""
+        model = network(config, graphdef, weights)
+        k = text_emb.shape[1]
+        text_emb, text_mask = (part.reshape(-1, *part.shape[2:]) for part in (text_emb, text_mask))
+
+        def of(noisy: Float[Array, "b h w c"], t: Int[Array, "b"]) -> Float[Array, "b k h w c"]:
+            rows, ts = jnp.repeat(noisy, k, axis=0), jnp.repeat(t, k)
+            predicted = model(rows, ts, text_emb, text_mask)
+            denoised = schedules.denoised_from(schedule, rows, predicted, ts, config.prediction)
+            return denoised.reshape(-1, k, *noisy.shape[1:])
+
+        return of
+
+    @partial(jax.jit, static_argnames=("sampler", "along", "trace"))
+    def draw(
+        weights: dict,
+        guide_weights: dict | None,
+        request: Request,
+        controls: Controls,
+        *,
+        sampler: str,
+        along: tuple[int, ...],
+        trace: bool = False,
+    ):
+        captions = (request.text_emb, request.text_mask)
+        under = partial(estimates, config, graphdef, weights)
+
+        def mixed(each: Float[Array, "b k h w c"]) -> Float[Array, "b h w c"]:
+            return (request.mix[:, :, None, None, None] * each).sum(axis=1)
+
+        def positive(noisy: Float[Array, "b h w c"], t: Int[Array, "b"]) -> Float[Array, "b h w c"]:
+            return mixed(under(*captions)(noisy, t))
+
+        def both(noisy: Float[Array, "b h w c"], t: Int[Array, "b"]):
+            if guide is not None:
+                return positive(noisy, t), mixed(estimates(*guide, guide_weights, *captions)(noisy, t))
+            negative = (
+                jnp.broadcast_to(part[None, None], (len(noisy), 1, *part.shape))
+                for part in (controls.negative_emb, controls.negative_mask)
             )
+            beside = (jnp.concatenate(pair, axis=1) for pair in zip(captions, negative, strict=True))
+            each = under(*beside)(noisy, t)
+            return mixed(each[:, :-1]), each[:, -1]
 
-    def to_json(self) -> dict:
-        return dataclasses.asdict(self)
+        denoise = positive
+        if controls.guidance is not None:
+            denoise = guiding.guided(both, controls.guidance, controls.rescale)
+            if controls.interval is not None:
+                denoise = guiding.within(controls.interval, config.T, denoise, positive)
+        denoise = guiding.thresholded(denoise, controls.percentile)
+        if request.drawn is not None:
+            denoise = guiding.keeping(denoise, request.known, request.drawn)
 
-    @classmethod
-    def from_json(cls, saved: dict) -> "Sampling":
-        """What to_json gave; TypeError where it names a field that this version does not know."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
+        keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed))[1])(request.seeds)
+        fresh = FreshNoise(keys, controls.eta, controls.temperature)
+        image, on_the_way = solver(sampler).solve(denoise, schedule, request.noisy, np.array(along), fresh)
+        return to_bytes(image), to_bytes(jnp.moveaxis(on_the_way, 0, 1)) if trace else None
+
+    return draw
+
+
+@partial(jax.jit, static_argnames="shape")
+def noise_of(seed: Int[Array, ""], shape: tuple[int, int, int]) -> Float[Array, "h w c"]:
+    """The noise that a seed's picture starts from."""
+    return jax.random.normal(jax.random.split(jax.random.key(seed))[0], shape)
+
+
+def slerp(
+    a: Float[np.ndarray, "h w c"], b: Float[np.ndarray, "h w c"], share: Float[np.ndarray, "n"]
+) -> Float[np.ndarray, "n h w c"]:
+    """From a (share 0) to b (share 1) along the sphere, which keeps noise as large as noise is (Shoemake 1985)."""
+    share = share[:, None, None, None]
+    angle = np.arccos(np.clip((a * b).sum() / np.sqrt((a**2).sum() * (b**2).sum()), -1, 1))
+    if np.sin(angle) < 1e-3:
+        return (1 - share) * a + share * b
+    return np.sin((1 - share) * angle) / np.sin(angle) * a + np.sin(share * angle) / np.sin(angle) * b

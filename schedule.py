@@ -55,7 +55,7 @@ def cosine(T: int, *, zero_terminal_snr: bool = False) -> Schedule:
     return Schedule(jnp.asarray(alpha, jnp.float32), jnp.asarray(sigma, jnp.float32))
 
 
-def of(config: Params) -> Schedule:
+def from_config(config: Params) -> Schedule:
     """The schedule that a configuration asks for."""
     return cosine(config.T, zero_terminal_snr=config.zero_terminal_snr)
 

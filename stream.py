@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 import dataloader
-import packages
+import files
 from dataloader import Index, Picked
 from dataset import DatasetError, Pictures, decoded
 from files import replacing
@@ -60,7 +60,7 @@ def encoded(encoder: TextEncoder, texts: list[str], length: int) -> np.ndarray:
     They are cut to the tokens that the longest has. The file is made once, a part at a time.
     """
     recipe = hashlib.sha256(json.dumps([encoder.identity, length, texts]).encode()).hexdigest()
-    file = packages.CACHE / "captions" / f"{recipe}.npy"
+    file = files.CACHE / "captions" / f"{recipe}.npy"
     with suppress(OSError, ValueError):  # not there, or cut short
         return np.load(file, mmap_mode="r")
     parts = [slice(start, start + PART) for start in range(0, len(texts), PART)]

@@ -21,9 +21,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-import device
 from files import writable
-from sampling import Sampling
+from params import Sampling
 
 
 @dataclass(frozen=True)
@@ -50,15 +49,16 @@ class Options:
 
 
 def main() -> None:
-    device.reserve_memory()
     from_flags = (tyro.conf.FlagCreatePairsOff,)
     try:
         options = tyro.cli(Options, description=__doc__, use_underscores=True, config=from_flags)
     except ValueError as error:  # of Sampling, which says which field is wrong and what is allowed
         sys.exit(f"test.py: {error}")
+    import parallel
     from checkpoint import CheckpointError
     from text_encoder import EncoderError
 
+    parallel.setup()
     try:
         print(draw(options))
     except (CheckpointError, EncoderError, ValueError, OSError) as error:
@@ -116,7 +116,7 @@ def one_thing_at_a_time(options: Options) -> None:
 
 
 def pictures(pipeline, options: Options, prompts: list[str], edit) -> str:
-    from grids import captioned_grid, save_gif, save_png
+    from images import captioned_grid, save_gif, save_png
 
     start = time.perf_counter()
     if options.animate:
@@ -136,7 +136,7 @@ def pictures(pipeline, options: Options, prompts: list[str], edit) -> str:
 
 
 def on_the_way(pipeline, options: Options, prompt: str) -> str:
-    from grids import captioned_grid, save_gif, save_png
+    from images import captioned_grid, save_gif, save_png
 
     to = prompt if options.to is None else options.to
     seeds = (options.seed, options.seed if options.to_seed is None else options.to_seed)
@@ -151,7 +151,7 @@ def on_the_way(pipeline, options: Options, prompt: str) -> str:
 
 
 def sweep(pipeline, options: Options, prompt: str, edit) -> str:
-    from grids import captioned_grid, save_png
+    from images import captioned_grid, save_png
 
     guidances = options.sweep_c or (options.sampling.c,)
     steps = options.sweep_steps or (pipeline.resolved(options.sampling).steps,)
@@ -169,10 +169,10 @@ def again(pipeline, options: Options, edit) -> str:
     import numpy as np
     from PIL import Image
 
-    from grids import save_png
-    from origin import Origin
+    from images import save_png
+    from pipeline import Origin
 
-    origin = Origin.of(options.like)
+    origin = Origin.read(options.like)
     image = pipeline.like(origin, edit)
     with Image.open(options.like) as picture:
         same = np.array_equal(np.asarray(picture), np.asarray(image))

@@ -32,8 +32,8 @@ from jaxtyping import Array, Bool, Float, Int32
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
-import packages
 from files import sha256
+from sources import packages
 
 DEFAULT = "BAAI/bge-small-en"
 REVISIONS = {DEFAULT: "2275a7bdee235e9b4f01fa73aa60d3311983cfea"}  # commits on the hub; other names follow their head

@@ -22,7 +22,6 @@ from typing import Annotated, NamedTuple
 
 import tyro
 
-import device
 import tracking
 from files import writable
 from params import PRESETS, Params
@@ -62,7 +61,10 @@ def parse(args: list[str]) -> Options:
     if len(only) > 1:
         sys.exit(f"{' and '.join(only)} ask for different things: a run of many processes, a test or a forecast by one")
     if not named and not {"-h", "--help"} & set(args):
-        preset = "emoji64" if device.on_accelerator() else "quick"
+        import parallel
+
+        parallel.setup()
+        preset = "emoji64" if parallel.on_accelerator() else "quick"
         print(f"preset: {preset}, fit for {'an accelerator' if preset == 'emoji64' else 'a CPU'}", flush=True)
     try:
         return tyro.cli(
@@ -79,15 +81,14 @@ def parse(args: list[str]) -> Options:
 
 
 def main() -> None:
-    device.reserve_memory()
     options = parse(sys.argv[1:])
-    device.keep_compiled()
     import checkpoint
     import dataset
-    import packages
     import parallel
     import text_encoder
+    from sources import packages
 
+    parallel.setup()
     try:
         if options.distributed:
             parallel.join()
@@ -106,20 +107,20 @@ def main() -> None:
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted before training began; the same command starts again and keeps what is prepared")
-    sys.exit(ended if parallel.first() else bool(ended))
+    sys.exit(ended if parallel.is_main() else bool(ended))
 
 
 def prepared(config: Params) -> tuple:
     """The configuration with its names resolved for good, its pictures, its text encoder; fetched where need be."""
     import dataset
-    import emoji_sources
     import text_encoder
+    from sources import emojis
 
     root = Path(config.data)
     if config.data == Params.data:
-        config = dataclasses.replace(config, vendor=emoji_sources.ensure(root, config.vendor))
+        config = dataclasses.replace(config, vendor=emojis.ensure(root, config.vendor))
     config = dataclasses.replace(config, encoder=text_encoder.resolved(config.encoder))  # drawing may start elsewhere
-    pictures = dataset.of(config, decode=not config.stream)
+    pictures = dataset.from_config(config, decode=not config.stream)
     for fault in pictures.faults[:5]:
         print(f"skipped: {fault.where}: {fault.what}")
     if len(pictures.faults) > 5:
@@ -141,18 +142,18 @@ def run(options: Options) -> str | None:
     import checkpoint
     import dataloader
     import dataset
-    import heldout
     import parallel
     import schedule
     import stream
     import training
-    from grids import captioned_grid, save_png
+    from evaluation import heldout
+    from images import captioned_grid, save_png
     from pipeline import DiffusionPipeline
 
-    output, config, first = options.output, options.config, parallel.first()
+    output, config, first = options.output, options.config, parallel.is_main()
     tracking.require(options.track)
-    parallel.check_divides(config)
-    if config.compute == "bfloat16" and not device.on_accelerator():
+    parallel.check_batch_size(config)
+    if config.compute == "bfloat16" and not parallel.on_accelerator():
         print("--compute bfloat16: slower than float32 on most CPUs", file=sys.stderr)
     parallel.after_first("prepared")
     newest = checkpoint.newest(output)
@@ -186,11 +187,11 @@ def run(options: Options) -> str | None:
         earlier = checkpoint.about(newest)
         same_run(newest, earlier, about)
         about["seconds"] = earlier["seconds"]
-        saved = parallel.replicated(checkpoint.restore(newest, training.resumable(state)))
+        saved = parallel.replicate(checkpoint.restore(newest, training.resumable(state)))
         state = training.resumed(state, saved)
         print(f"resumed from {newest}, step {int(state.step)}")
     step = int(state.step)
-    parallel.check_alike(**{part: about[part] for part in ("config", "encoder", "dataset")}, step=step)
+    parallel.check_equal(**{part: about[part] for part in ("config", "encoder", "dataset")}, step=step)
     saver = checkpoint.Saver(config.keep, say=tqdm.write)
 
     def end(name: str) -> Path:
@@ -210,7 +211,7 @@ def run(options: Options) -> str | None:
         path = grids / f"{name}.png"
         if first:
             prompts, seeds = about["prompts"], range(len(about["prompts"]))
-            pipeline = DiffusionPipeline.of(config, encoder, graphdef, parallel.local(state.ema.short))
+            pipeline = DiffusionPipeline.from_weights(config, encoder, graphdef, parallel.unreplicate(state.ema.short))
             images = pipeline.generate_arrays(prompts, seeds=seeds)
             save_png(captioned_grid(images, prompts, columns=6, cell=96), path)
             log.picture(step, "samples", path)
@@ -218,15 +219,15 @@ def run(options: Options) -> str | None:
 
     # Training.
     if config.stream:
-        read = stream.batches(source, keys.order, step, config, share=parallel.share(config.B))
-        batches = map(parallel.assembled, read)
+        read = stream.batches(source, keys.order, step, config, share=parallel.local_rows(config.B))
+        batches = map(parallel.global_batch, read)
     else:
-        batches = itertools.repeat(parallel.replicated(source))  # all of it, for the step to choose from
-    keys, batch = parallel.replicated(keys), next(batches)
+        batches = itertools.repeat(parallel.replicate(source))  # all of it, for the step to choose from
+    keys, batch = parallel.replicate(keys), next(batches)
     steps = last(config, concepts)
     train_step = training.build_train_step(config, graphdef, steps)
     few = config.stream or config.log_every < TOGETHER
-    most = TOGETHER if device.on_accelerator() and not few else 1
+    most = TOGETHER if parallel.on_accelerator() and not few else 1
     plan = list(walk(step, most, config, concepts))
     if first and plan:
         print("compiling the training step; the next run reads it from .cache/xla", flush=True)
@@ -245,7 +246,7 @@ def run(options: Options) -> str | None:
 
     def enough(*, meet: bool) -> tuple[bool, ...]:
         """Whether to stop: on a signal to any process, when the time of the first is over."""
-        return parallel.agreed(bool(signals), first and 0 < config.minutes * 60 <= log.seconds, meet=meet)
+        return parallel.any_process(bool(signals), first and 0 < config.minutes * 60 <= log.seconds, meet=meet)
 
     stop, out_of_time = enough(meet=True)
     fault = ""
@@ -269,11 +270,11 @@ def run(options: Options) -> str | None:
             stop, out_of_time = enough(meet=reading)
             if reading or stop or out_of_time:
                 records, rate = jax.device_get((state.records, rate_before(state.step)))
-                state = state._replace(records=parallel.replicated(training.no_records(int(records.streak))))
+                state = state._replace(records=parallel.replicate(training.no_records(int(records.streak))))
                 fault = diagnosis(config, state, records, step) if records.longest >= HOPELESS else ""
                 if first:
                     with log.paused():
-                        more = heldout_loss(parallel.local(state.ema.short)) if sampling else {}
+                        more = heldout_loss(parallel.unreplicate(state.ema.short)) if sampling else {}
                     line = log.write(step, records, {"learning_rate": rate, **more})
                     shown = {"loss": line["loss"], "skipped": line["skipped"]}
                     bar.set_postfix({name: value for name, value in shown.items() if value})
@@ -293,7 +294,7 @@ def run(options: Options) -> str | None:
 def examine(options: Options) -> str | None:
     """Whether code and data can learn; returns why not."""
     from dataset import side
-    from selftest import CANDIDATES, self_test
+    from evaluation.selftest import CANDIDATES, self_test
 
     config = options.config
     config = dataclasses.replace(config, stream=False, MAX_INDEX=min(config.MAX_INDEX or CANDIDATES, CANDIDATES))
@@ -429,7 +430,7 @@ def describe(options: Options) -> None:
     from text_encoder import EncoderError, TextEncoder
 
     config = options.config
-    parallel.check_divides(config)
+    parallel.check_batch_size(config)
     try:
         text_dim = TextEncoder(config.encoder).dim
     except EncoderError:

@@ -142,7 +142,7 @@ def initial(config: Params, text_dim: int, key: Key[Array, ""]) -> TrainState:
 def init(config: Params, text_dim: int, key: Key[Array, ""]) -> TrainState:
     """`initial` on the device, in one program; it runs once, so it is compiled fast rather than well."""
     fast = {"xla_backend_optimization_level": 0}
-    return parallel.replicated(jax.jit(lambda key: initial(config, text_dim, key), compiler_options=fast)(key))
+    return parallel.replicate(jax.jit(lambda key: initial(config, text_dim, key), compiler_options=fast)(key))
 
 
 def random_steps(key: Key[Array, ""], config: Params) -> Int[Array, "b"]:
@@ -213,7 +213,7 @@ def build_train_step(
     steps: of the whole run; a decaying learning rate needs to know.
     """
     assert steps or config.decay == "constant"
-    schedule, rate_at = schedules.of(config), learning_rate(config, steps)
+    schedule, rate_at = schedules.from_config(config), learning_rate(config, steps)
 
     def objective(weights: dict, part: tuple) -> tuple[Float[Array, ""], Float[Array, "b"]]:
         batch, noise, t, regularization = part
@@ -250,7 +250,7 @@ def build_train_step(
         return loss, losses.T.ravel(), gradient
 
     def train_step(state: TrainState, source: Data | Picked, keys: Keys) -> tuple[TrainState, Float[Array, ""]]:
-        batch = parallel.dealt(dataloader.batch_of(source, keys.order, keys.dropout, state.step, config))
+        batch = parallel.shard(dataloader.batch_of(source, keys.order, keys.dropout, state.step, config))
         t_key, noise_key = jax.random.split(jax.random.fold_in(keys.noise, state.step))
         t, noise = random_steps(t_key, config), jax.random.normal(noise_key, batch.image.shape)
         key = jax.random.fold_in(keys.regularization, state.step)
@@ -284,7 +284,7 @@ def build_train_step(
         ema = jax.lax.cond(rest == 0, lambda: averages(state.ema, weights, number, config), lambda: state.ema)
         return TrainState(weights, ema, moments, state.step + 1, kept(good, bad)), loss
 
-    return jax.jit(train_step, donate_argnums=0, out_shardings=parallel.whole())
+    return jax.jit(train_step, donate_argnums=0, out_shardings=parallel.replicated())
 
 
 def several(train_step: Callable, n: int) -> Callable[[TrainState, Data, Keys], tuple[TrainState, Float[Array, ""]]]:
@@ -300,4 +300,4 @@ def several(train_step: Callable, n: int) -> Callable[[TrainState, Data, Keys], 
         state, losses = jax.lax.scan(lambda state, _: train_step(state, source, keys), state, length=n)
         return state, losses[-1]
 
-    return jax.jit(train_steps, donate_argnums=0, out_shardings=parallel.whole())
+    return jax.jit(train_steps, donate_argnums=0, out_shardings=parallel.replicated())

@@ -192,22 +192,21 @@ def shown(run: Path) -> dict:
 
     import dataloader
     import dataset
-    import heldout
-    import metrics
     import training
+    from evaluation import heldout, metrics
+    from params import Sampling
     from pipeline import DiffusionPipeline
-    from sampling import Sampling
 
     pipeline = DiffusionPipeline(run / "final")
     config, encoder = pipeline.config, pipeline.encoder
-    everything = dataset.of(dataclasses.replace(config, MAX_INDEX=0))
+    everything = dataset.from_config(dataclasses.replace(config, MAX_INDEX=0))
     rows = np.flatnonzero(everything.heldout)
     text = dataloader.encode(encoder, [everything.names[row] for row in rows], config.TEXT_LEN)
     losses = heldout.build_losses(config, training.structure(config, encoder.dim))
     each = heldout.loss_per_level(losses, pipeline.weights, everything.images[rows], *text, T=config.T)
     error = np.log(heldout.in_velocity(each, config))
 
-    pictures = dataset.of(config)
+    pictures = dataset.from_config(config)
     known = np.flatnonzero(~pictures.heldout)
     own = np.linspace(0, len(known), DRAWN, endpoint=False).astype(int)
     prompts = [pictures.names[known[row]] for row in own]

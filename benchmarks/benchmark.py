@@ -11,7 +11,7 @@
 Everything in one run. Rounds of all that is timed alternate and medians are reported, for a step's ratios those of
 rounds of their own, so that a machine whose speed drifts bends no ratio. FLOPs are those of matrix products and
 convolutions, counted in the program (count.py): a multiply-add is two, a tap on the padding counts. A convolution
-counts as it is written, as the peer's do, also where a CPU gets by with fewer multiplications (conv.py): the share that
+counts as it is written, as the peer's do, also where a CPU gets by with fewer multiplications (kernels.py): the share that
 it is left with is `arithmetic_over_counted`. The numbers go to benchmarks/benchmark.json.
 """
 
@@ -40,15 +40,15 @@ from flax import nnx
 
 import dataloader
 import dataset
-import device
-import emoji_sources
-import packages
+import files
+import parallel
 import schedule as schedules
 import training
 from model import network
 from params import PRESETS, Params
 from pipeline import STEPS
 from samplers import SOLVERS
+from sources import emojis
 from text_encoder import TextEncoder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,7 +101,7 @@ def ratio(one: np.ndarray, other: np.ndarray) -> float:
 
 def bare_step(config: Params, graphdef: nnx.GraphDef, data: dataloader.Data, keys: training.Keys) -> Callable:
     """A training step without averages, records and guard; it keeps its own state."""
-    schedule = schedules.of(config)
+    schedule = schedules.from_config(config)
 
     def step(state: tuple, data: dataloader.Data) -> tuple[tuple, jax.Array]:
         weights, moments, number = state
@@ -241,16 +241,16 @@ def ceilings() -> dict[str, Callable]:
 
 def preparation(config: Params) -> dict[str, float]:
     """Pictures and captions per second, with nothing in .cache and with everything there."""
-    config = dataclasses.replace(config, vendor=emoji_sources.ensure(ROOT / config.data, config.vendor))
-    pictures = dataset.of(config, ROOT / config.data)
+    config = dataclasses.replace(config, vendor=emojis.ensure(ROOT / config.data, config.vendor))
+    pictures = dataset.from_config(config, ROOT / config.data)
     encoder, names = TextEncoder(config.encoder), pictures.names[:CAPTIONS]
-    kept = packages.CACHE
+    kept = files.CACHE
     with tempfile.TemporaryDirectory() as folder:
-        packages.CACHE = Path(folder)
+        files.CACHE = Path(folder)
         cold, warm = (seconds(dataset.of, config, ROOT / config.data) for _ in range(2))
         encoder(names, config.TEXT_LEN)  # compiles
         first, again = (seconds(dataloader.encode, encoder, names, config.TEXT_LEN) for _ in range(2))
-        packages.CACHE = kept
+        files.CACHE = kept
     n = len(pictures.names)
     per_second = {"pictures_decoded": n / cold, "pictures_from_cache": n / warm}
     return per_second | {"captions_encoded": len(names) / first, "captions_from_cache": len(names) / again}
@@ -295,7 +295,7 @@ def main() -> None:
         parser.error(f"--rounds {options.rounds}: give 3 or more")
     if options.peer and shutil.which(options.peer) is None:
         parser.error(f"--peer {options.peer}: there is no such program; peer.py says how to make one")
-    device.reserve_memory()
+    parallel.setup()
     with tempfile.TemporaryDirectory() as folder:
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

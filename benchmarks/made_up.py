@@ -10,8 +10,8 @@ from flax import nnx
 import samplers
 import schedule
 from dataloader import Data, one_each
-from drawing import Controls, Request, build_draw
 from params import Params
+from sampling import Controls, Request, build_draw
 
 TEXT_DIM = 384  # numbers per token, as of MiniLM and bge-small-en
 
@@ -33,7 +33,7 @@ def drawer(
 ) -> Callable[[dict], jax.Array]:
     """weights -> pictures: this project's sampler on a guided batch."""
     draw = build_draw(config, graphdef)
-    along = tuple(samplers.timesteps(schedule.of(config), "trailing", steps).tolist())
+    along = tuple(samplers.timesteps(schedule.from_config(config), "trailing", steps).tolist())
     noise = jax.random.normal(jax.random.key(0), (pictures, config.H, config.W, config.CHANNELS))
     captions = (data.text_emb[:pictures, None], data.text_mask[:pictures, None])
     request = Request(noise, jnp.arange(pictures), *captions, jnp.ones((pictures, 1)))

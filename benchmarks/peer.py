@@ -19,7 +19,7 @@ resolutions, norm and head sizes. Its layers differ (a transformer block with a 
 has plain attention, one more block per resolution on the way up, no pooled caption), so one factor narrows or widens
 it until the FLOPs of a forward pass agree within 10 %. FLOPs are those of matrix products and convolutions, a
 multiply-add being two and a tap on the padding counting, as torch counts them; a convolution counts as it is written.
-XLA's count is printed too: it leaves padding out, and counts the products that conv.py makes of a convolution. Of
+XLA's count is printed too: it leaves padding out, and counts the products that kernels.py makes of a convolution. Of
 torch's memory layouts and AdamW kernels the fastest here are taken, each tried before the first round.
 
 Wants an idle machine: where other programs hold a core, torch's threads spend their time waiting for one another (a

@@ -35,7 +35,7 @@ import jax
 import made_up
 from count import Operation, operations
 
-import device
+import parallel
 import training
 from params import PRESETS, Params
 from train import TOGETHER
@@ -100,7 +100,7 @@ def roofline(config: Params, arithmetic: str) -> dict[str, float]:
 def measured(config: Params, arithmetic: str, rounds: int = 9) -> dict[str, float]:
     """What a step takes on this machine, the median of some programs of ten, and the memory that it needs."""
     config = computing_in(config, arithmetic)
-    n = TOGETHER if device.on_accelerator() else 1
+    n = TOGETHER if parallel.on_accelerator() else 1
     data, (init_key, keys) = made_up.data(config, config.MAX_INDEX or PICTURES), training.streams(0)
     state = training.init(config, made_up.TEXT_DIM, init_key)
     with jax.default_matmul_precision("highest" if arithmetic == "float32" else "default"):

@@ -123,16 +123,15 @@ def steps(cases: list[tuple[Params, int]], rounds: int) -> list[Row]:
     import made_up
     from count import count_flops
 
-    import device
     import parallel
     import training
 
-    device.keep_compiled()
+    parallel.setup()
     running, costs, times = [], [], [[] for _ in cases]
     for config, pictures in cases:
         init_key, keys = training.streams(0)
         state = training.init(config, made_up.TEXT_DIM, init_key)
-        source, keys = parallel.replicated((made_up.data(config, pictures), keys))
+        source, keys = parallel.replicate((made_up.data(config, pictures), keys))
         built = training.build_train_step(config, training.structure(config, made_up.TEXT_DIM))
         step = built.lower(state, source, keys).compile()
         memory = step.memory_analysis()
@@ -162,9 +161,9 @@ def on_devices(count: int, config: Params, rounds: int) -> Row:
 def prepare(root: Path, n: int, config: Params) -> Row:
     """Seconds to load the first n pictures, and how far the process grew."""
     import dataset
-    import packages
+    import files
 
-    packages.CACHE = root / "cache" / str(n)
+    files.CACHE = root / "cache" / str(n)
     size = {"height": config.H, "width": config.W, "channels": config.CHANNELS}
     dataset.load(root / "1", vendor="made", limit=0, **size)
     before, start = peak(), time.perf_counter()
@@ -182,9 +181,9 @@ def make(root: Path, counts: tuple[int, ...]) -> None:
     """Datasets root/<n> of the first n of the same pictures, no two of which are alike."""
     from PIL import Image, ImageChops
 
-    import emoji_sources
+    from sources import emojis
 
-    vendor = emoji_sources.ensure(ROOT / Params.data, Params.vendor)
+    vendor = emojis.ensure(ROOT / Params.data, Params.vendor)
     files = sorted((ROOT / Params.data / "image" / vendor).glob("*.png"))
     emoji = [Image.open(file).convert("RGBA") for file in files]
     folder = root / "image" / "made"

@@ -32,14 +32,14 @@ def main() -> None:
     from tqdm import tqdm
 
     import dataset
-    import metrics
+    from evaluation import metrics
     from files import replacing
+    from params import Sampling
     from pipeline import DiffusionPipeline
     from samplers import SOLVERS
-    from sampling import Sampling
 
     pipeline = DiffusionPipeline(options.checkpoint)
-    pictures = dataset.of(pipeline.config)
+    pictures = dataset.from_config(pipeline.config)
     training = np.flatnonzero(~pictures.heldout)
     images, names = pictures.images[training], [pictures.names[row] for row in training]
     own = np.unique(np.linspace(0, len(names) - 1, options.captions).astype(int))

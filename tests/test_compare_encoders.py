@@ -7,10 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import compare_encoders
-import report
-import scores
 import text_encoder
+from evaluation import compare_encoders, report, scores
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import conv
-from conv import Conv3x3, Upsample
+import kernels
+from kernels import Conv3x3, Upsample
 from model import UNet
 
 
@@ -25,7 +25,7 @@ def doubled(layer, x):
 @pytest.mark.parametrize("shape", [(2, 5, 7, 3), (1, 1, 1, 2), (3, 1, 4, 5), (2, 6, 8, 4), (1, 2, 3, 1)], ids=str)
 @pytest.mark.parametrize(("kind", "expected"), [(Conv3x3, plain), (Upsample, doubled)])
 def test_values_and_gradients_are_those_of_the_convolution(kind, expected, shape, few, monkeypatch):
-    monkeypatch.setattr(conv, "FEW", few)
+    monkeypatch.setattr(kernels, "FEW", few)
     layer = kind(shape[-1], 6, nnx.Rngs(0))
     layer.bias[...] = jnp.arange(6.0)
     x = jax.random.normal(jax.random.key(1), shape)
@@ -77,7 +77,7 @@ def test_the_network_is_the_same_function_either_way(tiny, monkeypatch):
     model.exit.kernel[...] = jax.random.normal(keys[3], model.exit.kernel.shape)  # it starts as zeros
 
     def value_and_gradients(few):
-        monkeypatch.setattr(conv, "FEW", few)
+        monkeypatch.setattr(kernels, "FEW", few)
 
         def squared(model):
             drawn = model(*inputs, jnp.ones((2, 5), bool))

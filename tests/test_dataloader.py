@@ -9,7 +9,7 @@ import pytest
 
 import dataloader
 import dataset
-import packages
+import files
 import parallel
 from dataset import DatasetError, Pictures, variants
 from params import Params
@@ -21,7 +21,7 @@ VENDORS = ("One", "Two", "Three")
 
 @pytest.fixture
 def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(packages, "CACHE", tmp_path)
+    monkeypatch.setattr(files, "CACHE", tmp_path)
 
 
 # Which pictures and captions.
@@ -263,7 +263,7 @@ def test_transparent_pictures_are_laid_on_white():
 
 
 def test_captions_are_encoded_once_and_for_one_encoder_only(tmp_path, monkeypatch):
-    monkeypatch.setattr(packages, "CACHE", tmp_path)
+    monkeypatch.setattr(files, "CACHE", tmp_path)
 
     class Counting(TextEncoder):
         calls = 0
@@ -308,8 +308,8 @@ def test_captions_are_kept_to_the_tokens_that_the_longest_has(words, length):
 
 @pytest.mark.usefixtures("own_cache")
 def test_a_cpu_trains_on_the_pictures_where_they_lie(tiny):
-    pictures = dataset.of(tiny)
-    loaded = parallel.replicated(dataloader.load(dataset.side(pictures, heldout=False), Numbers(), tiny))
+    pictures = dataset.from_config(tiny)
+    loaded = parallel.replicate(dataloader.load(dataset.side(pictures, heldout=False), Numbers(), tiny))
     np.testing.assert_array_equal(loaded.images, pictures.images)
     if len(jax.devices()) == 1:
         assert np.shares_memory(loaded.images, pictures.images)

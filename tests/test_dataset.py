@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import dataset
-import packages
+import files
 from dataset import DatasetError, check, fit, load
 
 SMALL = {"height": 8, "width": 8, "channels": 3}
@@ -21,7 +21,7 @@ SMALL = {"height": 8, "width": 8, "channels": 3}
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(packages, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(files, "CACHE", tmp_path / "cache")
 
 
 def png(colour=(255, 0, 0, 255), size=(8, 8)) -> bytes:
@@ -354,7 +354,7 @@ def test_the_cache_gives_the_same_and_is_keyed_by_content(three, monkeypatch):
     np.testing.assert_array_equal(first.images, again.images)
     assert first.fingerprint == again.fingerprint
     monkeypatch.undo()
-    monkeypatch.setattr(packages, "CACHE", three / "cache")
+    monkeypatch.setattr(files, "CACHE", three / "cache")
     load(three, vendor="Google", limit=0, **SMALL)
     (three / "image" / "Google" / "1.png").write_bytes(png((9, 9, 9, 255)))
     changed = load(three, vendor="Google", limit=0, **SMALL)
@@ -366,7 +366,7 @@ def test_the_cache_gives_the_same_and_is_keyed_by_content(three, monkeypatch):
 @pytest.mark.parametrize("damage", [lambda d: b"", lambda d: d[: len(d) // 2], lambda d: b"x" * len(d)])
 def test_a_damaged_cache_is_made_again(three, damage):
     first = load(three, vendor="Google", limit=0, **SMALL)
-    (cached,) = (packages.CACHE / "pictures").iterdir()
+    (cached,) = (files.CACHE / "pictures").iterdir()
     whole = cached.read_bytes()
     cached.write_bytes(damage(whole))
     np.testing.assert_array_equal(load(three, vendor="Google", limit=0, **SMALL).images, first.images)
@@ -375,7 +375,7 @@ def test_a_damaged_cache_is_made_again(three, damage):
 
 def test_a_bit_that_flipped_in_the_cache_is_noticed(three):
     first = load(three, vendor="Google", limit=0, **SMALL)
-    (cached,) = (packages.CACHE / "pictures").iterdir()
+    (cached,) = (files.CACHE / "pictures").iterdir()
     data = bytearray(cached.read_bytes())
     data[300] ^= 1  # within the pictures
     cached.write_bytes(data)
@@ -384,7 +384,7 @@ def test_a_bit_that_flipped_in_the_cache_is_noticed(three):
 
 def test_a_cache_that_cannot_be_written_is_no_error(three, monkeypatch):
     (three / "file").write_text("")
-    monkeypatch.setattr(packages, "CACHE", three / "file")
+    monkeypatch.setattr(files, "CACHE", three / "file")
     assert len(load(three, vendor="Google", limit=0, **SMALL).names) == 3
 
 
@@ -498,7 +498,7 @@ def test_pictures_are_held_once(tmp_path, monkeypatch):
 def test_each_side_of_a_split_is_a_stretch_of_one_array(several, tiny, monkeypatch):
     monkeypatch.setattr(dataset, "BLOCK", 2)
     config = dataclasses.replace(tiny, data=str(several), vendor="One+Two", H=8, W=8)
-    whole, sorted_ = load(several, vendor="One+Two", limit=0, **SMALL), dataset.of(config)
+    whole, sorted_ = load(several, vendor="One+Two", limit=0, **SMALL), dataset.from_config(config)
     assert sorted_.fingerprint == whole.fingerprint
     for which in (False, True):
         here, there = dataset.side(sorted_, heldout=which), dataset.side(whole, heldout=which)
@@ -544,10 +544,10 @@ def test_a_header_tells_most_faults_and_decoding_the_rest(three, kind):
 def test_the_fingerprint_of_a_run_that_streams_is_known_again_with_the_pictures_decoded(three, tiny):
     config = dataclasses.replace(tiny, data=str(three), vendor="Google", H=8, W=8)
     streams = dataclasses.replace(config, stream=True)
-    listed, whole = dataset.of(streams, decode=False), dataset.of(streams)
+    listed, whole = dataset.from_config(streams, decode=False), dataset.from_config(streams)
     assert (listed.images, len(whole.images)) == (None, 3)
-    assert listed.fingerprint == whole.fingerprint != dataset.of(config).fingerprint
+    assert listed.fingerprint == whole.fingerprint != dataset.from_config(config).fingerprint
     (three / "image/Google/1.png").write_bytes(png(size=(16, 16)))
-    assert dataset.of(streams, decode=False).fingerprint == listed.fingerprint  # mended: the run may go on
+    assert dataset.from_config(streams, decode=False).fingerprint == listed.fingerprint  # mended: the run may go on
     (three / "image/Google/1.png").unlink()
-    assert dataset.of(streams, decode=False).fingerprint != listed.fingerprint
+    assert dataset.from_config(streams, decode=False).fingerprint != listed.fingerprint

@@ -9,13 +9,13 @@ import pytest
 from PIL import Image, ImageFont, features
 
 import dataset
-import emoji_sources as sources
-import grids
-import packages
+import files
+import images
 import prepare_dataset
 from dataset import DatasetError
-from emoji_sources import EMOJI, Source, concept, is_heldout, name_of, prepare
-from packages import PackageError
+from sources import emojis as sources
+from sources.emojis import EMOJI, Source, concept, is_heldout, name_of, prepare
+from sources.packages import PackageError
 
 FEW = ["😀", "🏃", "🏃‍♀️‍➡️", "🇵🇪", "❤️"]
 
@@ -145,7 +145,7 @@ def test_the_split_never_changes():
 
 
 def test_a_dataset_is_prepared_and_can_be_loaded(few, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(packages, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(files, "CACHE", tmp_path / "cache")
     root = tmp_path / "set"
     assert prepare(root, progress=False) == "Google"
     assert "Google: 5 pictures: five" in capsys.readouterr().out
@@ -181,7 +181,7 @@ def test_an_interrupted_preparation_goes_on_where_it_stopped(few, tmp_path, monk
         if len(done) == 3:
             raise KeyboardInterrupt
         done.append(path)
-        grids.save_png(image, path, metadata)
+        images.save_png(image, path, metadata)
 
     monkeypatch.setattr(sources, "save_png", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -192,7 +192,7 @@ def test_an_interrupted_preparation_goes_on_where_it_stopped(few, tmp_path, monk
     (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:60])  # cut short
     shutil.copy(folder / "3.png", folder / "2.png")  # whole, but of another emoji
     kept = (folder / "3.png").stat().st_mtime_ns
-    monkeypatch.setattr(sources, "save_png", grids.save_png)
+    monkeypatch.setattr(sources, "save_png", images.save_png)
     prepare(tmp_path, progress=False)
     resumed = {path.name: path.read_bytes() for path in folder.glob("*.png")}
     assert (folder / "3.png").stat().st_mtime_ns == kept
@@ -289,7 +289,7 @@ def options(**given):
 
 
 def test_the_command_prepares_then_checks(few, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(packages, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(files, "CACHE", tmp_path / "cache")
     root = tmp_path / "set"
     assert prepare_dataset.main(options(data=root)) == 0
     assert "Next: python train.py quick" in capsys.readouterr().out.splitlines()[-1]
@@ -333,7 +333,7 @@ needs_npm = pytest.mark.skipif(shutil.which("npm") is None, reason="npm, which f
 def test_the_real_google_set(tmp_path, monkeypatch):
     root = tmp_path / "set"
     assert prepare(root, "Google", progress=False) == "Google"
-    monkeypatch.setattr(packages, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(files, "CACHE", tmp_path / "cache")
     pictures = dataset.load(root, vendor="Google", limit=0, height=32, width=32, channels=4)
     assert len(pictures.names) == 1906
     assert pictures.faults == []

@@ -17,19 +17,15 @@ from flax import nnx
 
 import checkpoint
 import evaluate
-import features
-import heldout
-import metrics
-import packages
-import report
+import files
 import schedule as schedules
-import scores
 import training
 from dataloader import Batch
 from evaluate import choose, invented
+from evaluation import features, heldout, metrics, report, scores
+from evaluation.scores import Interval, Score, difference
 from model import UNet
-from sampling import Sampling
-from scores import Interval, Score, difference
+from params import Sampling
 from text_encoder import TextEncoder
 
 # Which captions.
@@ -291,7 +287,8 @@ def run(split, tiny, tmp_path_factory):
         ]
         about = {
             "config": config.to_json(), "encoder": encoder.identity, "schedule": {"name": "cosine", "T": tiny.T},
-            "dataset": {"fingerprint": dataset.of(config).fingerprint}, "step": number, "seconds": number * 1.5,
+            "dataset": {"fingerprint": dataset.from_config(config).fingerprint},
+            "step": number, "seconds": number * 1.5,
             "prompts": ["red disc"],
         }  # fmt: skip
         items = {"ema_short": noise[0], "ema_long": noise[1], "train": {"step": state.step}}
@@ -306,12 +303,12 @@ def call(run, tmp_path, monkeypatch, capsys):
     """Run evaluate.py on a copy of the run, with an extractor that takes no time and an empty cache."""
     shutil.copytree(run, tmp_path / "models")
     monkeypatch.chdir(tmp_path)
-    kept = packages.CACHE
+    kept = files.CACHE
     for folder in kept.iterdir():  # all but what this module keeps
         if folder.name not in {"drawn", "features", "judge"}:
             (tmp_path / "cache").mkdir(exist_ok=True)
             (tmp_path / "cache" / folder.name).symlink_to(folder.resolve())
-    monkeypatch.setattr(packages, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(files, "CACHE", tmp_path / "cache")
 
     class Corners(features.Extractor):
         def __init__(self):
@@ -411,7 +408,7 @@ def test_an_interrupted_report_goes_on_and_ends_the_same(call, monkeypatch):
     assert len(drawn) == len({tuple(texts) for texts in drawn}) == 7  # 12, 6 and 6 captions in batches of 5
     resumed = json.loads(Path("a/results.json").read_text())
     pictures = Path("a/drawn.npz").read_bytes()
-    shutil.rmtree(packages.CACHE / "drawn")
+    shutil.rmtree(files.CACHE / "drawn")
     call(*words)
     undisturbed = json.loads(Path("a/results.json").read_text())
     for results in (resumed, undisturbed):

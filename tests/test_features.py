@@ -12,9 +12,10 @@ import pytest
 from golden.make_features import SIZES, tiny_dinov2, waves
 from PIL import Image
 
-import features
-import packages
-from features import CHUNK, FeatureError
+import files
+from evaluation import features
+from evaluation.features import CHUNK, FeatureError
+from sources import packages
 
 GOLDEN = Path(__file__).parent / "golden"
 RANDOM = np.random.default_rng(0)
@@ -87,15 +88,15 @@ def test_pictures_are_scaled_as_pillow_does(h, w):
 
 
 def test_features_asked_for_again_come_from_the_disk(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(packages, "CACHE", tmp_path)
+    monkeypatch.setattr(files, "CACHE", tmp_path)
     images = pictures(3)
-    first = features.of(small, images)
+    first = features.extract(small, images)
     np.testing.assert_array_equal(first, small(images))
     calls = []
     monkeypatch.setattr(small, "network", lambda image: calls.append(0) or np.zeros((len(image), 24), np.float32))
-    np.testing.assert_array_equal(features.of(small, images), first)
+    np.testing.assert_array_equal(features.extract(small, images), first)
     assert not calls
-    assert not features.of(small, images[::-1].copy()).any()  # other pictures, made anew
+    assert not features.extract(small, images[::-1].copy()).any()  # other pictures, made anew
     assert calls
 
 

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 from sklearn.kernel_ridge import KernelRidge
 
-import judge
-import metrics
-import packages
-from features import Extractor
+import files
+from evaluation import judge, metrics
+from evaluation.features import Extractor
 from text_encoder import TextEncoder
 
 RANDOM = np.random.default_rng(0)
@@ -106,7 +105,7 @@ class Colour(Extractor):
 
 
 def test_a_captions_embedding_is_the_mean_of_its_own_tokens_and_is_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(packages, "CACHE", tmp_path)
+    monkeypatch.setattr(files, "CACHE", tmp_path)
     encoder = Letters()
     expected = [[(97 + 98) / 2, (97**2 + 98**2) / 200], [99, 99**2 / 100]]
     for _ in range(2):
@@ -117,7 +116,7 @@ def test_a_captions_embedding_is_the_mean_of_its_own_tokens_and_is_kept(tmp_path
 def test_the_judge_of_a_dataset_saw_every_vendors_training_pictures_and_no_others(tiny, tmp_path, monkeypatch):
     from PIL import Image
 
-    monkeypatch.setattr(packages, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(files, "CACHE", tmp_path / "cache")
     rows = ["#,name,split"] + [f"{i},thing {i},{'heldout' if i == 2 else 'train'}" for i in range(5)]
     for vendor, colour in (("One", 0), ("Two", 90)):
         (tmp_path / "image" / vendor).mkdir(parents=True)
@@ -125,12 +124,12 @@ def test_the_judge_of_a_dataset_saw_every_vendors_training_pictures_and_no_other
             Image.new("RGB", (6, 6), (colour, 40 * i, 9)).save(tmp_path / "image" / vendor / f"{i}.png")
     (tmp_path / "full_emoji.csv").write_text("\n".join(rows) + "\n")
     config = dataclasses.replace(tiny, data=str(tmp_path), vendor="One", H=6, W=6, TEXT_LEN=9, MAX_INDEX=1)
-    one = judge.of(config, Colour(), Letters())
+    one = judge.from_config(config, Colour(), Letters())
     assert len(one.support) == 8
     np.testing.assert_allclose(
         one.mean, judge.embed(Letters(), [f"thing {i}" for i in (0, 1, 3, 4)], 9).mean(0), rtol=1e-6
     )
     config = dataclasses.replace(config, vendor="One+Two", TEXT_LEN=30)
     names = [f"thing {i}, {vendor} style" for vendor in ("One", "Two") for i in (0, 1, 3, 4)]
-    several = judge.of(config, Colour(), Letters())
+    several = judge.from_config(config, Colour(), Letters())
     np.testing.assert_allclose(several.mean, judge.embed(Letters(), names, 30).mean(0), rtol=1e-6)

@@ -6,8 +6,8 @@ from scipy import linalg, stats
 from sklearn.metrics import pairwise
 from sklearn.neighbors import NearestNeighbors
 
-import metrics
 import tracking
+from evaluation import metrics
 from training import Records
 
 RANDOM = np.random.default_rng(0)

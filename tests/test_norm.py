@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from jax.test_util import check_grads
 
-import norm
+import kernels
 
 
 def numbers(*shape, seed=0, mean=0.0, width=1.0):
@@ -17,7 +17,7 @@ def numbers(*shape, seed=0, mean=0.0, width=1.0):
 def pair(channels):
     """This group norm and Flax's, with the same scale and bias."""
     ours, theirs = (
-        norm.GroupNorm(channels),
+        kernels.GroupNorm(channels),
         nnx.GroupNorm(channels, num_groups=math.gcd(32, channels), rngs=nnx.Rngs(0)),
     )
     for each in (ours, theirs):
@@ -37,7 +37,7 @@ def test_norm_and_silu_are_those_of_flax_and_so_are_their_gradients(shape, mean,
 
     def short(model, x, scale, shift):
         factor, offset = model.affine(x)
-        return (norm.affine_silu(x, factor * (1 + scale), offset * (1 + scale) + shift) * weight).sum()
+        return (kernels.affine_silu(x, factor * (1 + scale), offset * (1 + scale) + shift) * weight).sum()
 
     def long(model, x, scale, shift):
         return (nnx.silu(model(x) * (1 + scale) + shift) * weight).sum()
@@ -53,17 +53,17 @@ def test_norm_and_silu_are_those_of_flax_and_so_are_their_gradients(shape, mean,
 
 def test_written_gradients_are_those_of_the_functions():
     x, factor, offset = numbers(2, 3, 4, 5), numbers(2, 1, 1, 5, seed=1), numbers(2, 1, 1, 5, seed=2)
-    check_grads(norm.affine_silu, (x, factor, offset), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
-    check_grads(norm.channel_moments, (x,), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
+    check_grads(kernels.affine_silu, (x, factor, offset), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
+    check_grads(kernels.channel_moments, (x,), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
 
 
 def test_bfloat16_pictures_have_float32_statistics():
     x = numbers(2, 64, 64, 4, mean=3.0).astype(jnp.bfloat16)
-    mean, square = norm.channel_moments(x)
+    mean, square = kernels.channel_moments(x)
     assert mean.dtype == square.dtype == jnp.float32
     exact = np.asarray(x, np.float64)
     np.testing.assert_allclose(mean, exact.mean(axis=(1, 2), keepdims=True), rtol=1e-5)
     np.testing.assert_allclose(square, (exact**2).mean(axis=(1, 2), keepdims=True), rtol=1e-5)
-    layer = norm.GroupNorm(4)
-    gradient = jax.grad(lambda x: norm.affine_silu(x, *layer.affine(x)).astype(jnp.float32).sum())(x)
-    assert layer(x).dtype == norm.affine_silu(x, *layer.affine(x)).dtype == gradient.dtype == jnp.bfloat16
+    layer = kernels.GroupNorm(4)
+    gradient = jax.grad(lambda x: kernels.affine_silu(x, *layer.affine(x)).astype(jnp.float32).sum())(x)
+    assert layer(x).dtype == kernels.affine_silu(x, *layer.affine(x)).dtype == gradient.dtype == jnp.bfloat16

@@ -191,8 +191,8 @@ for line in program.splitlines():
         sizes = [np.prod([int(n) for n in part.split(",") if n]) for part in re.findall(r"\[([\d,]*)\]", found[1])]
         print(found[2], int(sum(sizes)))
 print("weights", sum(leaf.size for leaf in jax.tree.leaves(state.weights)))
-rows = [np.arange(8.0)[parallel.share(8)]] * 3
-batch = parallel.assembled(dataloader.Picked(*rows, np.zeros(2), np.ones(2)))
+rows = [np.arange(8.0)[parallel.local_rows(8)]] * 3
+batch = parallel.global_batch(dataloader.Picked(*rows, np.zeros(2), np.ones(2)))
 assert [shard.data.tolist() for shard in batch.images.addressable_shards] == [[0, 1], [2, 3], [4, 5], [6, 7]]
 assert [shard.data.tolist() for shard in batch.null_mask.addressable_shards] == [[1, 1]] * 4
 """
@@ -215,14 +215,14 @@ def test_the_devices_exchange_gradients_and_nothing_larger(accumulate, together)
 
 def test_a_batch_that_cannot_be_dealt_out_is_refused(monkeypatch):
     monkeypatch.setattr(parallel, "mesh", lambda: SimpleNamespace(size=4))
-    parallel.check_divides(Params(B=8))
-    parallel.check_divides(Params(B=16, accumulate=2))
+    parallel.check_batch_size(Params(B=8))
+    parallel.check_batch_size(Params(B=16, accumulate=2))
     with pytest.raises(parallel.ParallelError, match=r"--B = 6: .* over 4 devices; take --B 4 or 8, or fewer devices"):
-        parallel.check_divides(Params(B=6))
+        parallel.check_batch_size(Params(B=6))
     with pytest.raises(parallel.ParallelError, match=r"take --B 4, or"):
-        parallel.check_divides(Params(B=3))
+        parallel.check_batch_size(Params(B=3))
     with pytest.raises(parallel.ParallelError, match=r"over 4 devices in 2 parts; take --B 8 or 16"):
-        parallel.check_divides(Params(B=12, accumulate=2))
+        parallel.check_batch_size(Params(B=12, accumulate=2))
 
 
 @pytest.mark.parametrize(
@@ -244,8 +244,8 @@ def test_a_process_that_nobody_told_who_it_is_says_what_to_set():
 
 
 def test_one_process_agrees_with_itself():
-    assert parallel.agreed(True, False, meet=False) == (True, False)
-    parallel.check_alike(config={"B": 3})
+    assert parallel.any_process(True, False, meet=False) == (True, False)
+    parallel.check_equal(config={"B": 3})
     state = {"weights": jax.numpy.ones(3), "key": jax.random.key(0)}
-    assert parallel.local(parallel.replicated(state))["key"] == state["key"]
-    assert parallel.share(6) == slice(0, 6)
+    assert parallel.unreplicate(parallel.replicate(state))["key"] == state["key"]
+    assert parallel.local_rows(6) == slice(0, 6)

@@ -14,14 +14,13 @@ from flax import nnx
 from PIL import Image
 
 import checkpoint
-import drawing
 import samplers
+import sampling as sampling_module
 import schedule as schedules
 import training
-from dataloader import to_bytes
-from origin import Origin
-from pipeline import DiffusionPipeline, Edit
-from sampling import Sampler, Sampling, Spacing
+from images import to_bytes
+from params import Sampler, Sampling, Spacing
+from pipeline import DiffusionPipeline, Edit, Origin
 from text_encoder import TextEncoder
 
 
@@ -76,14 +75,14 @@ def test_a_png_tells_how_to_draw_it_again(drawer, other, tmp_path):
     sampling = Sampling(sampler="dpmpp_2m_sde", spacing="leading", rescale=0.3, temperature=0.5, interval=(0.1, 0.9))
     options = {"steps": 3, "seed": 5, "negative_prompt": "blue – très", "sampling": sampling, "size": 24}
     image = drawer.generate_image("red disc", path, True, 2.5, **options)
-    origin = Origin.of(path)
+    origin = Origin.read(path)
     assert origin.sampling == dataclasses.replace(sampling, c=2.5, steps=3, eta=1.0, negative_prompt="blue – très")
     np.testing.assert_array_equal(drawer.like(origin), image)
     with pytest.raises(ValueError, match=f"drawn by checkpoint {drawer.hash[:12]}…, this one is {other.hash[:12]}"):
         other.like(origin)
     Image.new("RGB", (3, 3)).save(tmp_path / "bare.png")
     with pytest.raises(ValueError, match=r"bare\.png does not say how it was drawn"):
-        Origin.of(tmp_path / "bare.png")
+        Origin.read(tmp_path / "bare.png")
 
 
 def test_drawing_makes_no_transfer_that_it_does_not_name(drawer, sealed):
@@ -126,11 +125,15 @@ def test_threads_may_draw_at_once(drawer, tmp_path):
 
 
 def test_guidance_of_one_is_no_guidance_and_needs_no_second_evaluation(drawer, monkeypatch):
-    drawing.build_draw.cache_clear()
-    drawer = DiffusionPipeline.of(drawer.config, drawer.encoder, training.structure(drawer.config, 384), drawer.weights)
-    rows, call = [], drawing.nnx.merge
+    sampling_module.build_draw.cache_clear()
+    drawer = DiffusionPipeline.from_weights(
+        drawer.config, drawer.encoder, training.structure(drawer.config, 384), drawer.weights
+    )
+    rows, call = [], sampling_module.nnx.merge
     monkeypatch.setattr(
-        drawing.nnx, "merge", lambda *a: lambda noisy, *inputs: rows.append(len(noisy)) or call(*a)(noisy, *inputs)
+        sampling_module.nnx,
+        "merge",
+        lambda *a: lambda noisy, *inputs: rows.append(len(noisy)) or call(*a)(noisy, *inputs),
     )
     draw = np.asarray
     plain = draw(drawer.generate_image("red disc", cfg=False, steps=5))
@@ -145,7 +148,7 @@ def test_guidance_of_one_is_no_guidance_and_needs_no_second_evaluation(drawer, m
 def test_another_guidance_seed_prompt_or_eta_compiles_nothing(drawer, monkeypatch):
     drawer.generate_arrays(["red disc"], Sampling(steps=2, interval=(0.1, 0.9)))
     traces = []
-    monkeypatch.setattr(drawing, "to_bytes", lambda image: traces.append(1) or to_bytes(image))
+    monkeypatch.setattr(sampling_module, "to_bytes", lambda image: traces.append(1) or to_bytes(image))
     for number, c in enumerate((0, 2, 3.5, 100)):
         sampling = Sampling(
             steps=2, c=c, eta=number / 4, temperature=number, rescale=number / 4, interval=(number / 10, 0.95),
@@ -180,9 +183,9 @@ def test_drawing_is_a_solver_over_guided_and_thresholded_estimates(drawer, tiny,
             noisy = schedules.add_noise(schedule, denoised, noise, past)
         return noisy
 
-    expected = by_hand(drawing.noise_of(np.int32(9), drawer.shape)[None])
+    expected = by_hand(sampling_module.noise_of(np.int32(9), drawer.shape)[None])
     config = dataclasses.replace(tiny, prediction=prediction)
-    pipeline = DiffusionPipeline.of(config, drawer.encoder, graphdef, drawer.weights)
+    pipeline = DiffusionPipeline.from_weights(config, drawer.encoder, graphdef, drawer.weights)
     drawn = pipeline.generate_arrays(["red disc"], Sampling(c=3, sampler="ddim", steps=5), seeds=9)
     np.testing.assert_allclose(drawn.astype(float) / 127.5 - 1, expected, atol=0.02)
 
@@ -236,15 +239,17 @@ def test_a_way_between_prompts_and_seeds_begins_and_ends_with_its_own_pictures(d
 
 def test_a_way_between_noises_keeps_their_size():
     a, b = np.random.default_rng(0).normal(size=(2, 8, 12, 3))
-    for between in drawing.slerp(a, b, np.linspace(0, 1, 5)):
+    for between in sampling_module.slerp(a, b, np.linspace(0, 1, 5)):
         np.testing.assert_allclose((between**2).mean(), 1, atol=0.15)
-    np.testing.assert_array_equal(drawing.slerp(a, a, np.array([0.0, 0.3]))[0], a)
+    np.testing.assert_array_equal(sampling_module.slerp(a, a, np.array([0.0, 0.3]))[0], a)
 
 
 def test_a_film_of_the_drawing_ends_with_the_picture(drawer, tiny):
     weights = jax.tree.map(lambda weight: 0.3 * weight, drawer.weights)  # estimates that are not all black and white
     calm = dataclasses.replace(tiny, prediction="x0")
-    pipeline = DiffusionPipeline.of(calm, drawer.encoder, training.structure(tiny, drawer.encoder.dim), weights)
+    pipeline = DiffusionPipeline.from_weights(
+        calm, drawer.encoder, training.structure(tiny, drawer.encoder.dim), weights
+    )
     film = pipeline.denoising("red disc", Sampling(steps=4, c=1), seed=3)
     assert len(film) == 5
     np.testing.assert_array_equal(film[-1], pipeline.generate_image("red disc", cfg=False, steps=4, seed=3))
@@ -279,7 +284,7 @@ def test_known_pixels_are_kept_exactly(drawer, photo, tmp_path):
         kept = np.asarray(mask) == 0
         np.testing.assert_array_equal(drawn[kept], np.asarray(photo)[kept])
         assert (drawn[~kept] != np.asarray(photo)[~kept]).mean() > 0.5
-    origin = Origin.of(path)
+    origin = Origin.read(path)
     np.testing.assert_array_equal(drawer.like(origin, edit), drawn)
     with pytest.raises(ValueError, match="image is not what the picture was drawn with: it started from one"):
         drawer.like(origin)
@@ -353,7 +358,7 @@ def test_numbers_of_any_kind_are_kept_as_plain_ones(drawer, tmp_path):
     odd = Sampling(c=np.float32(3), steps=np.int64(2), eta=np.float64(0), interval=[0, 1])
     assert odd == Sampling(c=3.0, steps=2, eta=0.0)
     drawer.generate_image("red disc", tmp_path / "disc.png", sampling=odd)
-    assert Origin.of(tmp_path / "disc.png").sampling == odd
+    assert Origin.read(tmp_path / "disc.png").sampling == odd
 
 
 def test_no_prompt_gives_no_picture(drawer):
@@ -373,7 +378,7 @@ def test_transparent_pictures_come_with_clean_alpha_or_on_white(trained, tiny, d
     config = dataclasses.replace(tiny, CHANNELS=4)
     graphdef = training.structure(config, drawer.encoder.dim)
     weights = training.init(config, drawer.encoder.dim, jax.random.key(0)).weights
-    pipeline = DiffusionPipeline.of(config, drawer.encoder, graphdef, weights)
+    pipeline = DiffusionPipeline.from_weights(config, drawer.encoder, graphdef, weights)
     rgba = pipeline.generate_image("red disc", steps=3)
     assert rgba.mode == "RGBA"
     pixels = np.asarray(rgba)

@@ -8,7 +8,7 @@ import pytest
 from matplotlib import pyplot as plt
 from PIL import Image
 
-import plot
+from evaluation import plot
 
 
 def write(folder, *, n=40, heldout_every=0, loss=0.9):

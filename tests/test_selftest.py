@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import dataset
-import selftest
-from selftest import Drawings, Evidence, Measured, judged, pick, self_test
+from evaluation import selftest
+from evaluation.selftest import Drawings, Evidence, Measured, judged, pick, self_test
 from text_encoder import TextEncoder
 
 BEFORE, KNOWN = Measured(1.0, 1.0, 1.0), Measured(0.02, 0.01, 0.2)
@@ -15,7 +15,7 @@ BEFORE, KNOWN = Measured(1.0, 1.0, 1.0), Measured(0.02, 0.01, 0.2)
 
 @pytest.fixture(scope="module")
 def pictures(tiny):
-    return dataset.of(tiny)
+    return dataset.from_config(tiny)
 
 
 @pytest.fixture(scope="module")

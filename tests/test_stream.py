@@ -12,7 +12,7 @@ from PIL import Image
 
 import dataloader
 import dataset
-import packages
+import files
 import stream
 from files import replacing
 from text_encoder import TextEncoder
@@ -56,12 +56,12 @@ def root(tmp_path_factory):
 
 @pytest.fixture
 def config(tiny, root, tmp_path, monkeypatch):
-    monkeypatch.setattr(packages, "CACHE", tmp_path)
+    monkeypatch.setattr(files, "CACHE", tmp_path)
     return dataclasses.replace(tiny, data=str(root), vendor="One+Two+Three", TEXT_LEN=60, H=8, W=12, stream=True)
 
 
 def streamed(config, step=0, share=None):
-    source = stream.load(dataset.of(config, decode=False), Letters(), config)
+    source = stream.load(dataset.from_config(config, decode=False), Letters(), config)
     return stream.batches(source, KEY(3), step, config, share=share)
 
 
@@ -83,7 +83,7 @@ def first(config, count, step=0, share=None):
 )
 def test_what_is_streamed_is_bit_for_bit_what_memory_gives(config, change, step):
     config = dataclasses.replace(config, **change)
-    data = dataloader.load(dataset.of(config), Letters(), config)
+    data = dataloader.load(dataset.from_config(config), Letters(), config)
     batch_at = jax.jit(lambda source, step: dataloader.batch_of(source, KEY(3), KEY(4), step, config))
     seen = []
     for number, picked in enumerate(first(config, 8, step), step):
@@ -123,20 +123,20 @@ def test_captions_are_encoded_in_parts_once_and_mapped(config, monkeypatch):
 def test_a_file_of_captions_that_was_cut_short_is_made_again(config):
     texts = ["", "one", "two"]
     stream.encoded(Letters(), texts, 60)
-    (file,) = (packages.CACHE / "captions").iterdir()
+    (file,) = (files.CACHE / "captions").iterdir()
     file.write_bytes(file.read_bytes()[:-1])
     np.testing.assert_array_equal(stream.encoded(Letters(), texts, 60)["emb"], Letters()(texts, 8)[0])
 
 
 def test_no_room_for_the_captions_is_said(config, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(packages, "CACHE", tmp_path / "file")
+    monkeypatch.setattr(files, "CACHE", tmp_path / "file")
     with pytest.raises(dataset.DatasetError, match=r"captions cannot hold the 0 MiB .*or train without --stream"):
         stream.encoded(Letters(), [""], 60)
 
 
 def test_a_disk_that_fills_up_is_said_and_nothing_is_left(tmp_path, monkeypatch):
-    monkeypatch.setattr(packages, "CACHE", tmp_path)
+    monkeypatch.setattr(files, "CACHE", tmp_path)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
     try:

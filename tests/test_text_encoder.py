@@ -12,8 +12,8 @@ import pytest
 from golden.make_hidden_states import FILE, MINILM_PROMPTS, TINY_PROMPTS, tiny_bert
 from safetensors.numpy import load_file, save_file
 
-import packages
 import text_encoder
+from sources import packages
 from text_encoder import CHUNK, DEFAULT, MINILM, EncoderError, TextEncoder
 
 LENGTH = 16

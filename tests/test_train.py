@@ -22,11 +22,11 @@ import dataloader
 import dataset
 import evaluate
 import params
-import plot
 import stream
 import test as drawing
 import train
 import training
+from evaluation import plot
 from params import PRESETS, Params
 
 ROOT = Path(__file__).parent.parent

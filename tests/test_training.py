@@ -73,7 +73,7 @@ def test_the_step_is_traced_once(tiny, data, monkeypatch):
     step = training.build_train_step(tiny, training.structure(tiny, TEXT_DIM))
     for _ in range(3):
         state, _ = step(state, data, KEYS)
-    state, _ = step(state._replace(records=parallel.replicated(training.no_records())), data, KEYS)
+    state, _ = step(state._replace(records=parallel.replicate(training.no_records())), data, KEYS)
     assert len(traces) == 1
 
 
@@ -239,7 +239,7 @@ def test_even_timesteps_meet_every_stretch_once_and_every_step_alike(tiny):
 def test_min_snr_weighs_the_error_of_the_clean_image_alike_for_every_prediction(tiny, prediction):
     """The loss of a wrong estimate of the image, made from that estimate in each prediction's own terms."""
     config = dataclasses.replace(tiny, prediction=prediction, loss_weight="min_snr", snr_gamma=3.0)
-    schedule, t = schedules.of(config), jnp.array([1, 7, 20, 33, 49])
+    schedule, t = schedules.from_config(config), jnp.array([1, 7, 20, 33, 49])
     keys = jax.random.split(jax.random.key(3), 3)
     image, noise, wrong = (jax.random.normal(key, (5, 2, 3, 1)) for key in keys)
     noisy = schedules.add_noise(schedule, image, noise, t)
@@ -282,5 +282,5 @@ def test_steps_skipped_in_a_row_are_counted_across_readings(tiny, data, compiled
         state, _ = compiled(state, source, KEYS)
     counts = [int(getattr(state.records, name)) for name in ("skipped", "forward", "streak", "longest")]
     assert counts == [3, 3, 2, 2]
-    state, _ = compiled(state._replace(records=parallel.replicated(training.no_records(2))), poisoned, KEYS)
+    state, _ = compiled(state._replace(records=parallel.replicate(training.no_records(2))), poisoned, KEYS)
     assert int(state.records.longest) == 3

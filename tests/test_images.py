@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from grids import SQUARES, as_picture, captioned_grid, save_gif, save_png, wrapped
+from images import SQUARES, as_picture, captioned_grid, save_gif, save_png, wrapped
 
 FONT = ImageFont.load_default(12)
 

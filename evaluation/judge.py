@@ -20,9 +20,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 import dataset
-import features as extractors
-import metrics
-from cache import cached
+from evaluation import features as extractors
+from evaluation import metrics
+from files import cached
 from params import Params
 from text_encoder import TextEncoder
 
@@ -74,14 +74,16 @@ def embed(encoder: TextEncoder, captions: list[str], length: int) -> Float[np.nd
     return cached("judge", json.dumps([encoder.identity, length, captions]), make)["text_emb"]
 
 
-def of(config: Params, extractor: extractors.Extractor, encoder: TextEncoder, root: Path | None = None) -> Judge:
+def from_config(
+    config: Params, extractor: extractors.Extractor, encoder: TextEncoder, root: Path | None = None
+) -> Judge:
     """The judge for a configuration's pictures: trained on those of every vendor in its dataset, at its size."""
     present, features, captions = dataset.vendors(root or Path(config.data)), [], []
     several = config.vendor not in present  # its captions say whose style they are in
     for vendor in present:
-        pictures = dataset.of(dataclasses.replace(config, vendor=vendor, MAX_INDEX=0), root)
+        pictures = dataset.from_config(dataclasses.replace(config, vendor=vendor, MAX_INDEX=0), root)
         pictures = dataset.side(pictures, heldout=False)
-        features.append(extractors.of(extractor, pictures.images))
+        features.append(extractors.extract(extractor, pictures.images))
         captions += [dataset.styled(name, vendor) if several else name for name in pictures.names]
     return train(np.concatenate(features), embed(encoder, captions, config.TEXT_LEN))
 

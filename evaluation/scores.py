@@ -14,8 +14,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-import metrics
-from metrics import Z
+from evaluation import metrics
+from evaluation.metrics import Z
 
 
 class Interval(NamedTuple):

@@ -21,15 +21,13 @@ from jaxtyping import UInt8
 from tqdm import tqdm
 
 import dataloader
-import heldout
-import metrics
 import parallel
 import training
 from dataset import DatasetError, Pictures, only
-from params import Params
+from evaluation import heldout, metrics
+from evaluation.scores import shuffled, spread
+from params import Params, Sampling
 from pipeline import DiffusionPipeline
-from sampling import Sampling
-from scores import shuffled, spread
 from text_encoder import TextEncoder
 
 PICTURES, CANDIDATES = 8, 512  # learned by heart, and looked at to choose those
@@ -129,13 +127,16 @@ def self_test(config: Params, pictures: Pictures, encoder: TextEncoder, *, secon
     high = np.flatnonzero(heldout.questions(1, config.T)[0])[-3:]  # levels
 
     def measure() -> Measured:
-        weights, texts = parallel.local(state.ema.short), [(text_emb[who], text_mask[who]) for who in (own, others)]
+        weights, texts = (
+            parallel.unreplicate(state.ema.short),
+            [(text_emb[who], text_mask[who]) for who in (own, others)],
+        )
         each = [heldout.loss_per_level(losses, weights, images, *text, T=config.T) for text in texts]
         loss = heldout.per_picture(each[0], config.T).mean()
         return Measured(float(loss), *(float(some[:, high].mean()) for some in each))
 
     before = after = measure()
-    state, data, keys = parallel.replicated((state, data, keys))
+    state, data, keys = parallel.replicate((state, data, keys))
     train_step = training.build_train_step(config, graphdef).lower(state, data, keys).compile()
     steps, ready = 0, time.perf_counter()
     end = start + seconds - max(10, (ready - start) / 2)  # leaves time to compile the drawing, and to draw
@@ -152,7 +153,7 @@ def self_test(config: Params, pictures: Pictures, encoder: TextEncoder, *, secon
 
     drawings = None
     if after.loss < FELL * before.loss:
-        pipeline = DiffusionPipeline.of(config, encoder, graphdef, parallel.local(state.ema.short))
+        pipeline = DiffusionPipeline.from_weights(config, encoder, graphdef, parallel.unreplicate(state.ema.short))
         drawn = pipeline.generate_arrays(captions, Sampling(c=1.0), seeds=0)
         distance = metrics.distances(drawn, images)
         drawings = Drawings(*(int((metrics.ranks(distance, whose) == 0).sum()) for whose in (own, others)))
@@ -211,7 +212,7 @@ def judged(config: Params, evidence: Evidence) -> Verdict:
         outcome = "FAIL"
         why = (
             f"the loss fell ({loss}) and captions matter to it, but the drawings do not show them ({drawings.own} of "
-            f"{n}). Training is right, drawing is not: look at changes to samplers.py, guidance.py and drawing.py"
+            f"{n}). Training is right, drawing is not: look at changes to samplers.py, guidance.py and sampling.py"
         )
     else:
         outcome = "UNDECIDED"

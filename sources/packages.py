@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-CACHE = Path(__file__).resolve().parent / ".cache"  # everything that can be made again; safe to delete
+import files
 
 
 class PackageError(RuntimeError):
@@ -34,7 +34,7 @@ class Package(NamedTuple):
 
 def fetch(package: Package) -> Path:
     """Folder of the unpacked package, fetched and verified on first use; raises PackageError."""
-    folder = CACHE / "packages" / f"{package.name}-{package.version}"
+    folder = files.CACHE / "packages" / f"{package.name}-{package.version}"
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)

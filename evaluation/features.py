@@ -32,9 +32,8 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 from safetensors import SafetensorError, safe_open
 
-import packages
-from cache import cached
-from files import sha256
+from files import cached, sha256
+from sources import packages
 
 DEFAULT = "efficientnet-lite0"
 PACKAGE = packages.Package(
@@ -100,7 +99,7 @@ class Extractor:
         return np.asarray(self.network(self._prepare(images)))
 
 
-def of(extractor: Extractor, images: UInt8[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n d"]:
+def extract(extractor: Extractor, images: UInt8[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n d"]:
     """The features of pictures that will be asked for again, such as a training set's: kept on disk."""
     recipe = json.dumps([extractor.identity, images.shape, hashlib.sha256(images.tobytes()).hexdigest()])
     return cached("features", recipe, lambda: {"features": extractor(images)})["features"]

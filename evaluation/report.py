@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from evaluation.scores import Interval, Score, beyond, difference, find, spread
 from files import replacing
-from grids import as_picture, captioned_grid, save_png
-from scores import Interval, Score, beyond, difference, find, spread
+from images import as_picture, captioned_grid, save_png
 
 SCHEMA = 1
 FIELDS = {  # of results.json

@@ -52,8 +52,8 @@ def main() -> None:
 
 
 def compare(options: Options) -> None:
-    import report
     import text_encoder
+    from evaluation import report
 
     check(options)
     report.pyplot()  # missing? rather now than after the training
@@ -119,9 +119,9 @@ def call(script: str, *words: object) -> None:
 
 def write_table(options: Options, runs: Sequence[dict]) -> str:
     """The runs as a table in Markdown; better and worse are said of what differs from the first beyond the error."""
+    from evaluation.report import mark
+    from evaluation.scores import find
     from files import replacing
-    from report import mark
-    from scores import find
 
     found = [{title: find(run["scores"], *key) for title, key in COLUMNS.items()} for run in runs]
     titles = [title for title in COLUMNS if any(row[title] for row in found)]

@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 from dataset import CSV, DatasetError
 from files import replacing
-from grids import save_png
-from packages import Package, PackageError, fetch
+from images import save_png
+from sources.packages import Package, PackageError, fetch
 
 GOOGLE = Package(
     "npm", "emoji-datasource-google", "16.0.0", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438"

@@ -19,8 +19,9 @@ from jaxtyping import Array, Float, Int, UInt8
 
 import dataloader
 import schedule as schedules
-from dataloader import Batch, to_float
+from dataloader import Batch
 from dataset import Pictures, decoded
+from images import to_float
 from model import network
 from params import Params
 from text_encoder import TextEncoder
@@ -46,7 +47,7 @@ def build_losses(config: Params, graphdef: nnx.GraphDef) -> Callable[..., Float[
 
     `number` is the seed of a picture's noise. The loss is that of training: mean squared error of the prediction.
     """
-    schedule = schedules.of(config)
+    schedule = schedules.from_config(config)
 
     @jax.jit
     def losses(weights, images, text_emb, text_mask, t, number):
@@ -109,7 +110,7 @@ def in_velocity(losses: Float[np.ndarray, "n levels"], config: Params) -> Float[
 
     At step t the same error is SNR times as large in the noise as in the clean image, SNR + 1 times in the velocity.
     """
-    schedule, t = schedules.of(config), questions(len(losses), config.T)
+    schedule, t = schedules.from_config(config), questions(len(losses), config.T)
     alpha, sigma = (np.asarray(part, np.float64)[t] for part in schedule)
     with np.errstate(divide="ignore"):
         return losses * {"eps": 1 / alpha**2, "v": np.ones_like(alpha), "x0": 1 / sigma**2}[config.prediction]

@@ -8,7 +8,9 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
@@ -122,3 +124,31 @@ def save_gif(images: Sequence[Image.Image], path: Path, *, cell: int, seconds: f
             frames[0].save(beside, format="GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror or error}; choose another folder") from error
+
+
+# Bytes and floats.
+
+
+def to_float(images: UInt8[Array, "... c"]) -> Float[Array, "... c"]:
+    """Bytes 0 … 255 to [-1, 1]; with transparency, colour times alpha, so that what is hidden has no colour."""
+    image = images.astype(jnp.float32) / 127.5 - 1
+    if images.shape[-1] != 4:
+        return image
+    shown = images[..., :3].astype(jnp.float32) / 255 * (images[..., 3:].astype(jnp.float32) / 255)
+    return jnp.concatenate([2 * shown - 1, image[..., 3:]], axis=-1)
+
+
+def to_bytes(image: Float[Array, "... c"]) -> UInt8[Array, "... c"]:
+    """[-1, 1] to bytes 0 … 255, rounded; what lies outside is clipped, what is transparent becomes white."""
+    whole = (jnp.clip(image, -1, 1) + 1) * 127.5
+    if image.shape[-1] == 4:
+        alpha = whole[..., 3:]
+        colour = jnp.minimum(255 * whole[..., :3] / jnp.maximum(alpha, 1e-6), 255)
+        whole = jnp.concatenate([jnp.where(alpha > 0.5, colour, 255), alpha], axis=-1)
+    return jnp.round(whole).astype(jnp.uint8)
+
+
+def on_white(images: UInt8[np.ndarray, "... 4"]) -> UInt8[np.ndarray, "... 3"]:
+    """Transparent pictures laid on white."""
+    alpha = images[..., 3:].astype(np.float32) / 255
+    return np.round(images[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
