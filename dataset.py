@@ -168,7 +168,7 @@ def from_config(config: Params, root: Path | None = None, *, decode: bool = True
     """
     size = {"height": config.H, "width": config.W, "channels": config.CHANNELS}
     where = root or Path(config.data)
-    options = {"limit": config.MAX_INDEX, "max_bad": config.max_bad, "decode": decode, **size}
+    options = {"limit": config.MAX_INDEX, "max_bad": 0.05, "decode": decode, **size}
     pictures = load(where, vendor=config.vendor, **options)
     if config.stream and decode:  # recognise what a run that streamed was trained on
         pictures = pictures._replace(fingerprint=_fingerprint(pictures, pixels=False))

@@ -258,7 +258,7 @@ def losses(subject: Subject) -> tuple[list["Score"], dict]:
     sets = {"held-out": (subject.heldout, subject.heldout_names)} if enough else {}
     sets["training"] = subject.training[rows], [subject.names[row] for row in rows]
     averages = checkpoint.restore(subject.path, {"ema_short": like, "ema_long": like})
-    measure = heldout.build_losses(config, training.structure(config, pipeline.encoder.dim))
+    measure = heldout.build_losses(config, training.graphdef(config, pipeline.encoder.dim))
     found, levels = [], {"short": {}, "long": {}}
     bar = partial(tqdm, unit=" batches", leave=False, disable=None)
     for on, (images, names) in sets.items():

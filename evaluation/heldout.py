@@ -25,7 +25,7 @@ from images import to_float
 from model import network
 from params import Params
 from text_encoder import TextEncoder
-from training import LEVELS, loss_at
+from training import LEVELS, squared_error
 
 BATCH = 8  # pictures per call of the network
 GOLDEN = (5**0.5 - 1) / 2  # its multiples, modulo 1, spread evenly however many are taken
@@ -54,7 +54,7 @@ def build_losses(config: Params, graphdef: nnx.GraphDef) -> Callable[..., Float[
         image = to_float(images)
         noise = jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), image.shape[1:]))(number)
         model, batch = network(config, graphdef, weights), Batch(image, text_emb, text_mask)
-        return loss_at(model, batch, noise, t, schedule, config.prediction)
+        return squared_error(model, batch, noise, t, schedule, config.prediction)
 
     return losses
 
@@ -83,11 +83,11 @@ def loss_per_level(
     return found.reshape(n, LEVELS)
 
 
-def build_watch(
+def build_monitor(
     config: Params, graphdef: nnx.GraphDef, unseen: Pictures, encoder: TextEncoder
 ) -> Callable[[dict], dict[str, float | list]]:
     """The function watch(weights) -> loss on `config.heldout` of these pictures, as fields for metrics.jsonl."""
-    n = min(config.heldout, len(unseen.names))
+    n = min(64, len(unseen.names))
     if not n:
         return lambda weights: {}
     rows = np.linspace(0, len(unseen.names), n, endpoint=False).astype(int)

@@ -119,7 +119,7 @@ def self_test(config: Params, pictures: Pictures, encoder: TextEncoder, *, secon
     config = dataclasses.replace(config, B=B, warmup=min(config.warmup, WARMUP), **plain)
     init_key, keys = training.streams(config.seed)
     data = dataloader.load(pictures, encoder, config)
-    graphdef = training.structure(config, encoder.dim)
+    graphdef = training.graphdef(config, encoder.dim)
     state = training.init(config, encoder.dim, init_key)
     losses = heldout.build_losses(config, graphdef)
     text_emb, text_mask = encoder(captions, config.TEXT_LEN)

@@ -14,8 +14,8 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
 
-TYPED = ["augmentation", "dataloader", "dataset", "guidance", "kernels", "model", "parallel", "samplers"]
-TYPED += ["sampling", "schedule", "stream", "text_encoder", "training"]
+TYPED = ["augmentation", "ema", "dataloader", "dataset", "guidance", "kernels", "model", "parallel", "samplers"]
+TYPED += ["sampling", "schedule", "text_encoder", "training"]
 TYPED += [f"evaluation.{name}" for name in ("features", "heldout", "judge", "metrics")]
 jaxtyping.install_import_hook(TYPED, "beartype.beartype")
 
