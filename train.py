@@ -242,7 +242,9 @@ def start(
 
     shown, unseen = (dataset.side(pictures, heldout=side) for side in (False, True))
     graphdef = training.graphdef(config, encoder.dim)
-    state = parallel.replicate(training.init_state(config, encoder.dim, jax.random.key(config.seed)))
+    fast = {"xla_backend_optimization_level": 0}  # to compile, as it runs only once
+    init_state = jax.jit(training.init_state, static_argnums=(0, 1), compiler_options=fast)
+    state = parallel.replicate(init_state(config, encoder.dim, jax.random.key(config.seed)))
     about = {
         "version": training.VERSION,
         "config": config.to_json(),

@@ -91,7 +91,6 @@ def graphdef(config: Params, text_dim: int) -> nnx.GraphDef:
     return nnx.graphdef(nnx.eval_shape(lambda: UNet(config, text_dim, nnx.Rngs(0))))
 
 
-@partial(jax.jit, static_argnums=(0, 1), compiler_options={"xla_backend_optimization_level": 0})  # runs only once
 def init_state(config: Params, text_dim: int, key: Key[Array, ""]) -> TrainState:
     """The state before the first step: random weights, averages equal to them, an optimizer at rest."""
     weights = nnx.to_pure_dict(nnx.state(UNet(config, text_dim, nnx.Rngs(key))))
