@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 import parallel
 from params import Params
 
-EVERY = 8  # steps between two updates; an update at each step would make steps 7 % longer
+EVERY = 10  # steps between two updates; an update at each step would make steps 7 % longer
 
 
 class Averages(NamedTuple):
