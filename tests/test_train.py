@@ -113,9 +113,8 @@ def test_from_nothing_to_pictures_and_on(call, tiny):
     said = call(sampling_script, "--prompts", "red disc", "--sweep_c", "1", "2", "--sweep_steps", "1", "2")
     assert "validation_images/test/sweep_red_disc.png written: 'red disc', guidance from left to right" in said
     assert "steps = 5000: allowed are" in call(sampling_script, "--sweep_steps", "2", "5000")
-    said = call(
-        sampling_script, "--prompts", "red disc", "--animate", "--steps", "2", "--image", "again/like_01_red_disc.png"
-    )
+    words = ("--animate", "--steps", "2", "--image", "again/like_01_red_disc.png")
+    said = call(sampling_script, "--prompts", "red disc", *words)
     assert "1 pictures beside it with a GIF each written" in said
     assert "name it with --image" in call(sampling_script, "--strength", "0.5")
     assert "/proc/none cannot be written" in call(sampling_script, "--output", "/proc/none")
@@ -206,7 +205,7 @@ def test_one_epoch_draws_what_it_learned_and_a_resumed_run_keeps_its_configurati
     for name in ("ema_short", "ema_long"):
         for a, b in zip(jax.tree.leaves(saved[name]), jax.tree.leaves(saved["train"]["weights"]), strict=True):
             np.testing.assert_array_equal(a, b)
-    preset = dataclasses.replace(PRESETS["quick"], BASE_DIM=16, dropout=0.1)  # as of a later version of the program
+    preset = dataclasses.replace(PRESETS["quick"], B=16, dropout=0.1)  # as of a later version of the program
     monkeypatch.setitem(params.PRESETS, "quick", preset)
     said = call(train, "quick", "--epochs", "2", "--resume")
     assert "resumed from models_vA0/final, step 1" in said
