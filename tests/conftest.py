@@ -1,10 +1,20 @@
-"""Strict arithmetic for every test: no silent broadcasting, no random key used twice, shapes checked at each call."""
+"""Strict arithmetic for every test: no silent broadcasting, no random key used twice, shapes checked at each call.
 
+The workers and the subprocesses of one test run share a cache of compiled programs, which ends with the run.
+"""
+
+import atexit
 import os
+import shutil
+import tempfile
 from contextlib import contextmanager
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # these networks take longer to compile than to run
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # set by the first process, for all that it starts
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="test-programs-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
 import jax.numpy as jnp
