@@ -1,8 +1,7 @@
-"""What is done to the estimates on their way from the network to the solver: wrappers around `denoise`.
+"""What happens to an estimate between the network and the solver: wrappers around `denoise`.
 
-Each gives a `denoise(noisy, t)`, so they nest, and no solver knows of them. Each has a value at which it changes
-nothing: guidance 1, rescale 0, the interval from 0 to 1, a mask that is True everywhere; thresholds leave alone what
-is in range.
+Each returns a `denoise(noisy, t)`, so they nest, and no solver knows of them. Each has a setting that changes nothing:
+guidance 1, rescale 0, the interval from 0 to 1, a mask that is True everywhere.
 """
 
 from collections.abc import Callable
@@ -11,73 +10,67 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from samplers import Denoise
+from samplers import Denoise, Images
 
-Both = Callable[[Float[Array, "b h w c"], Int[Array, "b"]], tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]]
+Both = Callable[[Images, Int[Array, "b"]], tuple[Images, Images]]
 
 
-def guided(both: Both, guidance: Float[Array, ""], rescale: Float[Array, ""]) -> Denoise:
-    """From the negative estimate through the positive one and beyond (Ho & Salimans 2022, Eq. 6).
+def guide(both: Both, guidance: Float[Array, ""], rescale: Float[Array, ""]) -> Denoise:
+    """Classifier-free guidance: negative + guidance * (positive - negative)  (Ho & Salimans 2022, Eq. 6).
 
-    both(noisy, t) gives the positive and the negative estimate: with the caption and without it, or with a negative
-    prompt; or both with it, the negative by a worse network (autoguidance, Karras et al. 2024, Eq. 3). guidance 0 is
-    the negative estimate, 1 the positive one. rescale (0 … 1) brings the contrast that guidance adds back to that of
-    the positive estimate (Lin et al. 2024, Eq. 15 and 16), here about each picture's mean, so that none turns darker.
+    both(noisy, t) returns the positive and the negative estimate: with the caption, and with the empty caption or a
+    negative prompt; or both with the caption, the negative one by a worse network (autoguidance, Karras et al. 2024,
+    Eq. 3). rescale (0 … 1) takes back the contrast that guidance adds to the positive estimate (Lin et al. 2024,
+    Eq. 15 and 16), here about each image's mean, so that no image turns darker.
     """
 
-    def denoise(noisy: Float[Array, "b h w c"], t: Int[Array, "b"]) -> Float[Array, "b h w c"]:
+    def denoise(noisy: Images, t: Int[Array, "b"]) -> Images:
         positive, negative = both(noisy, t)
-        estimate = negative + guidance * (positive - negative)
+        guided = negative + guidance * (positive - negative)
         mean, contrast, wanted = (
-            statistic(picture, axis=(1, 2, 3), keepdims=True)
-            for statistic, picture in ((jnp.mean, estimate), (jnp.std, estimate), (jnp.std, positive))
+            statistic(image, axis=(1, 2, 3), keepdims=True)
+            for statistic, image in ((jnp.mean, guided), (jnp.std, guided), (jnp.std, positive))
         )
         ratio = wanted / jnp.maximum(contrast, 1e-6)
-        return estimate + rescale * (ratio - 1) * (estimate - mean)
+        return guided + rescale * (ratio - 1) * (guided - mean)
 
     return denoise
 
 
-def within(interval: Float[Array, "2"], T: int, inside: Denoise, outside: Denoise) -> Denoise:
-    """`inside` where t / T lies within the interval, elsewhere `outside`, and only that one is evaluated.
+def limit_to_interval(interval: Float[Array, "2"], T: int, inside: Denoise, outside: Denoise) -> Denoise:
+    """`inside` where t / T lies in the interval, `outside` elsewhere; only the one in use is evaluated.
 
     Guidance helps in the middle of the noise levels (Kynkäänniemi et al. 2024).
     """
 
-    def denoise(noisy: Float[Array, "b h w c"], t: Int[Array, "b"]) -> Float[Array, "b h w c"]:
-        level = t[0] / T  # a solver asks for the same t for the whole batch
+    def denoise(noisy: Images, t: Int[Array, "b"]) -> Images:
+        level = t[0] / T  # a solver passes the same t for the whole batch
         return jax.lax.cond((interval[0] <= level) & (level <= interval[1]), inside, outside, noisy, t)
 
     return denoise
 
 
-def thresholded(inner: Denoise, percentile: Float[Array, ""] | None = None) -> Denoise:
-    """Bring estimates back into the range of pictures (Saharia et al. 2022, Section 2.3).
+def threshold(denoise: Denoise, percentile: Float[Array, ""] | None = None) -> Denoise:
+    """Bring estimates back into [-1, 1] at every step  (Saharia et al. 2022, Section 2.3).
 
-    Static, without a percentile: clip to [-1, 1]. What guidance makes overshoot is held at the border at every step,
-    and the next estimate starts from there. Dynamic: divide each picture by the percentile (0 … 1) of its absolute
-    values, where that is above 1, and clip.
+    Static, without a percentile: clip. Dynamic: divide each image by that percentile (0 … 1) of its absolute values,
+    where it is above 1, and clip.
     """
 
-    def denoise(noisy: Float[Array, "b h w c"], t: Int[Array, "b"]) -> Float[Array, "b h w c"]:
-        estimate = inner(noisy, t)
+    def thresholded(noisy: Images, t: Int[Array, "b"]) -> Images:
+        denoised = denoise(noisy, t)
         if percentile is None:
-            return jnp.clip(estimate, -1, 1)
-        largest = jnp.quantile(jnp.abs(estimate), percentile, axis=(1, 2, 3), keepdims=True)
-        bound = jnp.maximum(largest, 1)
-        return jnp.clip(estimate, -bound, bound) / bound
+            return jnp.clip(denoised, -1, 1)
+        bound = jnp.maximum(jnp.quantile(jnp.abs(denoised), percentile, axis=(1, 2, 3), keepdims=True), 1)
+        return jnp.clip(denoised, -bound, bound) / bound
 
-    return denoise
+    return thresholded
 
 
-def keeping(inner: Denoise, image: Float[Array, "b h w c"], drawn: Bool[Array, "b h w 1"]) -> Denoise:
-    """Draw where `drawn` is True and keep `image` elsewhere, exactly: a last step that ends at t = 0 returns it.
+def inpaint(denoise: Denoise, image: Images, mask: Bool[Array, "#b h w 1"]) -> Denoise:
+    """Sample where the mask is True and keep `image` elsewhere, exactly: the last step, to t = 0, returns the estimate.
 
-    Where the estimate is the known image at every step, the solver carries that image under its own noise, so the
-    network always sees the known part at the noise level of the rest.
+    As the estimate is the known image at every step, the solver carries that part along under its own noise, and the
+    network always sees it at the noise level of the rest.
     """
-
-    def denoise(noisy: Float[Array, "b h w c"], t: Int[Array, "b"]) -> Float[Array, "b h w c"]:
-        return jnp.where(drawn, inner(noisy, t), image)
-
-    return denoise
+    return lambda noisy, t: jnp.where(mask, denoise(noisy, t), image)

@@ -1,10 +1,11 @@
-"""Pictures for people: a captioned grid on white, and a PNG that is either whole or not there.
+"""Pictures for people: a captioned grid on white, PNG and GIF files, and bytes from and to the network's range.
 
 A grid is `columns` cells wide. Each cell shows one picture, enlarged or reduced to fit `cell` pixels, and its caption
 in quiet grey on at most two lines below. Transparency is shown as everywhere else: over a light checkerboard.
 """
 
 import unicodedata
+from bisect import bisect
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from files import replacing
 
+LETTERS = 1000  # of a caption, the rest is not looked at: no two lines of a cell hold as many
 GREY, SQUARES = (110, 110, 115), ((255, 255, 255), (245, 245, 247))  # the captions, the checkerboard
 
 
@@ -56,17 +58,13 @@ def as_picture(image: np.ndarray) -> Image.Image:
 
 def wrapped(text: str, font: ImageFont.FreeTypeFont, *, width: float, most: int = 2) -> list[str]:
     """`text` in at most `most` lines that are each at most `width` pixels long; what does not fit becomes "…"."""
-    lines, words = [], _plain(text).split()
+    words, lines = _plain(text[:LETTERS]).split(), []
     while words and len(lines) < most:
-        last = len(lines) == most - 1
-        taken = 1
-        while taken < len(words) and font.getlength(" ".join(words[: taken + 1])) <= width:
-            taken += 1
-        line, words = " ".join(words[:taken]), words[taken:]
-        if font.getlength(line) > width or (words and last):
-            while line and font.getlength(line + "…") > width:
-                line = line[:-1]
-            line = line.rstrip(" ,:;-") + "…"
+        fitting = bisect(range(1, len(words)), width, key=lambda n: font.getlength(" ".join(words[: n + 1])))
+        line, words = " ".join(words[: 1 + fitting]), words[1 + fitting :]
+        if font.getlength(line) > width or (words and len(lines) == most - 1):
+            letters = bisect(range(1, len(line) + 1), width, key=lambda n: font.getlength(line[:n] + "…"))
+            line = line[:letters].rstrip(" ,:;-") + "…"
         lines.append(line)
     return lines
 
@@ -104,29 +102,26 @@ def save_png(image: Image.Image | np.ndarray, path: Path, metadata: dict | None 
     notes = PngInfo()
     for name, value in (metadata or {}).items():
         notes.add_text(str(name), str(value))
-    try:
-        with replacing(path) as beside:
-            picture.save(beside, format="PNG", pnginfo=notes)
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror or error}; choose another folder") from error
+    _save(picture, path, format="PNG", pnginfo=notes)
 
 
 def save_gif(images: Sequence[Image.Image], path: Path, *, cell: int, seconds: float = 0.12) -> None:
-    """Write an endless film of `images`, enlarged to fit `cell` pixels on white, that rests at its last picture."""
+    """Write an endless film of `images`, enlarged to fit `cell` pixels on white, that pauses at its last picture."""
     frames = []
     for image in images:
         shown = _fitted(image, cell)
         frames.append(Image.new("RGB", (cell, cell), "white"))
         frames[-1].paste(shown, ((cell - shown.width) // 2, (cell - shown.height) // 2))
     times = [round(1000 * seconds)] * (len(frames) - 1) + [round(8000 * seconds)]
+    _save(frames[0], path, format="GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)
+
+
+def _save(image: Image.Image, path: Path, **options) -> None:
     try:
         with replacing(path) as beside:
-            frames[0].save(beside, format="GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)
+            image.save(beside, **options)
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror or error}; choose another folder") from error
-
-
-# Bytes and floats.
 
 
 def to_float(images: UInt8[Array, "... c"]) -> Float[Array, "... c"]:

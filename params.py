@@ -170,52 +170,47 @@ def flags(config: Params, preset: str) -> list[str]:
 
 
 Sampler = Literal["ddim", "ddpm", "heun", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m"]  # keys of samplers.SOLVERS
-Spacing = Literal["trailing", "leading", "linspace", "log_snr"]  # keys of samplers.SPACINGS
+Spacing = Literal["trailing", "log_snr"]  # keys of samplers.SPACINGS
 
-NUMBERS = {  # kind, lowest and highest allowed value
-    "c": (float, 0, 1000),
-    "steps": (int, 1, 100_000),
-    "eta": (float, 0, 1),
-    "temperature": (float, 0, 10),
-    "rescale": (float, 0, 1),
-    "percentile": (float, 0, 1),
-}
-OPEN = ("steps", "eta", "percentile")  # may be None
+
+def within(default, low: float, high: float):
+    """A number between low and high, both allowed; `default` if nothing is said."""
+    return dataclasses.field(default=default, metadata={"range": (low, high)})
 
 
 @dataclass(frozen=True)
 class Sampling:
-    c: float = 7.0  # guidance: 1 follows the caption as learned and takes half the time, more insists on it
+    c: float = within(7.0, 0, 1000)  # guidance: 1 follows the caption as learned in half the time, more insists on it
     negative_prompt: str = ""  # what to steer away from; if nothing is said, from the empty caption
-    sampler: Sampler = "dpmpp_2m"  # how to walk from noise to picture
-    steps: int | None = None  # of the sampler; 20 if nothing is said
+    sampler: Sampler = "dpmpp_2m"  # how to get from noise to picture
+    steps: int | None = within(None, 1, 100_000)  # of the sampler; 20 if nothing is said
     spacing: Spacing = "trailing"  # of the steps
-    eta: float | None = None  # fresh noise, 0 to 1 (ancestral); if nothing is said, 1 for ddpm and dpmpp_2m_sde
-    temperature: float = 1.0  # size of the fresh noise
-    rescale: float = 0.0  # share by which the contrast that guidance adds is taken back
+    eta: float | None = within(None, 0, 1)  # fresh noise (1: ancestral); if nothing is said, 1 for ddpm, dpmpp_2m_sde
+    temperature: float = within(1.0, 0, 10)  # size of the fresh noise
+    rescale: float = within(0.0, 0, 1)  # share by which the contrast that guidance adds is taken back
     interval: tuple[float, float] = (0.0, 1.0)  # noise levels t / T that are guided
-    percentile: float | None = None  # dynamic thresholding; if nothing is said, estimates are clipped
-    on_white: bool = False  # draw a picture with transparency on white
+    percentile: float | None = within(None, 0, 1)  # dynamic thresholding; if nothing is said, estimates are clipped
 
     def __post_init__(self):
-        for field, (kind, low, high) in NUMBERS.items():
-            value = getattr(self, field)
-            if value is None and field in OPEN:
+        for field in dataclasses.fields(self):
+            value, bounds = getattr(self, field.name), field.metadata.get("range")
+            if bounds is None or (value is None and field.default is None):
                 continue
+            kind = int if int in get_args(field.type) else float
             try:
                 number = kind(value)
-                right = number == value and low <= number <= high
+                valid = number == value and bounds[0] <= number <= bounds[1]
             except (TypeError, ValueError, OverflowError):
-                right = False
-            if not right:
+                valid = False
+            if not valid:
                 what = "whole numbers" if kind is int else "numbers"
-                raise ValueError(f"{field} = {value!r}: allowed are {what} from {low} to {high}")
-            object.__setattr__(self, field, number)  # a plain number, that JSON can keep, of whatever it was
-        for field, allowed in (("sampler", get_args(Sampler)), ("spacing", get_args(Spacing))):
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"{field} = {getattr(self, field)!r}: allowed are {', '.join(allowed)}")
+                raise ValueError(f"{field.name} = {value!r}: allowed are {what} from {bounds[0]} to {bounds[1]}")
+            object.__setattr__(self, field.name, number)  # a plain number, that JSON can keep, of whatever it was
+        for name, allowed in (("sampler", get_args(Sampler)), ("spacing", get_args(Spacing))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: allowed are {', '.join(allowed)}")
         ends = tuple(map(float, self.interval))
-        if len(ends) != 2 or not 0 <= ends[0] <= ends[1] <= 1 or math.isnan(sum(ends)):
+        if len(ends) != 2 or not 0 <= ends[0] <= ends[1] <= 1:
             raise ValueError(f"interval = {self.interval}: allowed are two numbers with 0 <= low <= high <= 1")
         object.__setattr__(self, "interval", ends)
         if self.negative_prompt and self.c == 1:
@@ -228,5 +223,6 @@ class Sampling:
 
     @classmethod
     def from_json(cls, saved: dict) -> "Sampling":
-        """What to_json gave; TypeError where it names a field that this version does not know."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
+        """What to_json gave, now or in an older version, whose `on_white` is ignored; TypeError for unknown fields."""
+        known = {name: value for name, value in saved.items() if name != "on_white"}
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})

@@ -1,7 +1,7 @@
-"""The jitted function that draws a batch: from noise and encoded captions to pictures.
+"""The jitted function that samples a batch: from seeds and encoded prompts to images.
 
-Around the network stand the wrappers of guidance.py, around those a solver of samplers.py. What is an array may change
-from call to call; what is not an array, or whether an array is there at all, is compiled in.
+The network is wrapped by guidance.py, and a solver of samplers.py calls the result. Arrays may change from call to
+call; what is not an array, and whether an optional array is there, is compiled in.
 """
 
 from collections.abc import Callable
@@ -14,28 +14,25 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-import guidance as guiding
 import schedule as schedules
-from images import to_bytes
+from guidance import guide, inpaint, limit_to_interval, threshold
+from images import to_bytes, to_float
 from model import network
 from params import Params
-from samplers import FreshNoise, solver
+from samplers import SOLVERS, FreshNoise
 
 
 class Request(NamedTuple):
-    """What is asked of each picture of a batch."""
+    """What each image of a batch is sampled from: one prompt and seed, or two of them to interpolate between."""
 
-    noisy: Float[Array, "b h w c"]  # where the walk begins
-    seeds: Int[Array, "b"]  # of the fresh noise on the way
-    text_emb: Float[Array, "b k l d"]  # k captions, whose estimates are mixed
+    seeds: Int[Array, "b s"]
+    text_emb: Float[Array, "b k l d"]  # of the prompts, and at the end of the negative prompt
     text_mask: Bool[Array, "b k l"]
-    mix: Float[Array, "b k"]  # share of each caption
-    known: Float[Array, "b h w c"] | None = None  # a picture to keep …
-    drawn: Bool[Array, "b h w 1"] | None = None  # … where this is False
+    share: Float[Array, "b"] | None = None  # 0 … 1, the way from the first prompt and seed to the second
 
 
 class Controls(NamedTuple):
-    """Numbers that may change without recompilation; what is None costs nothing."""
+    """What all images of a batch have in common; what is None costs nothing."""
 
     guidance: Float[Array, ""] | None
     rescale: Float[Array, ""]
@@ -43,96 +40,78 @@ class Controls(NamedTuple):
     percentile: Float[Array, ""] | None
     eta: Float[Array, ""]
     temperature: Float[Array, ""]
-    negative_emb: Float[Array, "l d"]
-    negative_mask: Bool[Array, "l"]
+    image: UInt8[Array, "h w c"] | None = None  # to start from, at the noise level of the first timestep …
+    mask: Bool[Array, "h w 1"] | None = None  # … and to keep where this is False
 
 
 @cache
-def build_draw(
-    config: Params, graphdef: nnx.GraphDef, guide: tuple[Params, nnx.GraphDef] | None = None
+def build_sampler(
+    config: Params, graphdef: nnx.GraphDef, worse: tuple[Params, nnx.GraphDef] | None = None
 ) -> Callable[..., tuple[UInt8[Array, "b h w c"], UInt8[Array, "b n h w c"] | None]]:
-    """The jitted function that draws a batch; compiled once per batch size, sampler, steps and kind of guidance.
+    """The jitted function that samples a batch; compiled once per batch size, sampler, steps and kind of guidance.
 
-    draw(weights, guide_weights, request, controls, sampler=…, along=…, trace=…) -> pictures, and with trace=True the
-    estimate of each picture at each of the n steps. `along` are the timesteps. Guidance evaluates the network on one
-    enlarged batch, or where there is a guide (configuration and structure of a worse network), that one beside it.
+    sample(weights, worse_weights, request, controls, sampler=…, timesteps=…, trace=…) -> images, and with trace=True
+    the estimate of each image at each of the n steps. Guidance evaluates the network on one enlarged batch, or, where
+    there is a worse network to steer away from (autoguidance), that one beside it.
     """
     schedule = schedules.from_config(config)
 
-    def estimates(config: Params, graphdef: nnx.GraphDef, weights: dict, text_emb: Array, text_mask: Array) -> Callable:
-        """Clean images [b, k, h, w, c] that a network sees in `noisy` under each of k captions."""
-        model = network(config, graphdef, weights)
-        k = text_emb.shape[1]
-        text_emb, text_mask = (part.reshape(-1, *part.shape[2:]) for part in (text_emb, text_mask))
+    @partial(jax.jit, static_argnames=("sampler", "timesteps", "trace"))
+    def sample(weights, worse_weights, request: Request, controls: Controls, *, sampler, timesteps, trace=False):
+        seeds, text_emb, text_mask, share = request
 
-        def of(noisy: Float[Array, "b h w c"], t: Int[Array, "b"]) -> Float[Array, "b k h w c"]:
-            rows, ts = jnp.repeat(noisy, k, axis=0), jnp.repeat(t, k)
-            predicted = model(rows, ts, text_emb, text_mask)
-            denoised = schedules.denoised_from(schedule, rows, predicted, ts, config.prediction)
+        def estimates(config, graphdef, weights, noisy, t, prompts: slice) -> Float[Array, "b k h w c"]:
+            """The clean image that a network sees in `noisy` under each of some prompts."""
+            emb, mask = text_emb[:, prompts], text_mask[:, prompts]
+            k = mask.shape[1]
+            rows, ts = jnp.repeat(noisy, k, axis=0), jnp.repeat(t, k)  # [b * k, h, w, c]
+            emb, mask = emb.reshape(-1, *emb.shape[2:]), mask.reshape(-1, *mask.shape[2:])  # [b * k, l, d]
+            prediction = network(config, graphdef, weights)(rows, ts, emb, mask)
+            denoised = schedules.denoised_from(schedule, rows, prediction, ts, config.prediction)
             return denoised.reshape(-1, k, *noisy.shape[1:])
 
-        return of
-
-    @partial(jax.jit, static_argnames=("sampler", "along", "trace"))
-    def draw(
-        weights: dict,
-        guide_weights: dict | None,
-        request: Request,
-        controls: Controls,
-        *,
-        sampler: str,
-        along: tuple[int, ...],
-        trace: bool = False,
-    ):
-        captions = (request.text_emb, request.text_mask)
-        under = partial(estimates, config, graphdef, weights)
-
-        def mixed(each: Float[Array, "b k h w c"]) -> Float[Array, "b h w c"]:
-            return (request.mix[:, :, None, None, None] * each).sum(axis=1)
+        def mix(each: Float[Array, "b k h w c"]) -> Float[Array, "b h w c"]:
+            first, last = each[:, 0], each[:, -1]
+            return first if share is None else first + share[:, None, None, None] * (last - first)
 
         def positive(noisy: Float[Array, "b h w c"], t: Int[Array, "b"]) -> Float[Array, "b h w c"]:
-            return mixed(under(*captions)(noisy, t))
+            return mix(estimates(config, graphdef, weights, noisy, t, slice(-1)))
 
         def both(noisy: Float[Array, "b h w c"], t: Int[Array, "b"]):
-            if guide is not None:
-                return positive(noisy, t), mixed(estimates(*guide, guide_weights, *captions)(noisy, t))
-            negative = (
-                jnp.broadcast_to(part[None, None], (len(noisy), 1, *part.shape))
-                for part in (controls.negative_emb, controls.negative_mask)
-            )
-            beside = (jnp.concatenate(pair, axis=1) for pair in zip(captions, negative, strict=True))
-            each = under(*beside)(noisy, t)
-            return mixed(each[:, :-1]), each[:, -1]
+            if worse is not None:
+                return positive(noisy, t), mix(estimates(*worse, worse_weights, noisy, t, slice(-1)))
+            each = estimates(config, graphdef, weights, noisy, t, slice(None))
+            return mix(each[:, :-1]), each[:, -1]
 
         denoise = positive
         if controls.guidance is not None:
-            denoise = guiding.guided(both, controls.guidance, controls.rescale)
+            denoise = guide(both, controls.guidance, controls.rescale)
             if controls.interval is not None:
-                denoise = guiding.within(controls.interval, config.T, denoise, positive)
-        denoise = guiding.thresholded(denoise, controls.percentile)
-        if request.drawn is not None:
-            denoise = guiding.keeping(denoise, request.known, request.drawn)
+                denoise = limit_to_interval(controls.interval, config.T, denoise, positive)
+        denoise = threshold(denoise, controls.percentile)
 
-        keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed))[1])(request.seeds)
-        fresh = FreshNoise(keys, controls.eta, controls.temperature)
-        image, on_the_way = solver(sampler).solve(denoise, schedule, request.noisy, np.array(along), fresh)
-        return to_bytes(image), to_bytes(jnp.moveaxis(on_the_way, 0, 1)) if trace else None
+        shape = (config.H, config.W, config.CHANNELS)
+        keys = jax.vmap(jax.vmap(lambda seed: jax.random.split(jax.random.key(seed))))(seeds)  # [b, s, 2]
+        noisy = jax.vmap(jax.vmap(lambda key: jax.random.normal(key, shape)))(keys[:, :, 0])  # [b, s, h, w, c]
+        noisy = noisy[:, 0] if share is None else jax.vmap(slerp)(noisy[:, 0], noisy[:, -1], share)
+        if controls.image is not None:
+            image = jnp.broadcast_to(to_float(controls.image), noisy.shape)
+            noisy = schedules.add_noise(schedule, image, noisy, jnp.full(len(noisy), timesteps[0]))
+            if controls.mask is not None:
+                denoise = inpaint(denoise, image, controls.mask[None])
 
-    return draw
+        fresh = FreshNoise(keys[:, 0, 1], controls.eta, controls.temperature)
+        image, steps = SOLVERS[sampler].solve(denoise, schedule, noisy, np.array(timesteps), fresh)
+        return to_bytes(image), to_bytes(jnp.moveaxis(steps, 0, 1)) if trace else None
+
+    return sample
 
 
-@partial(jax.jit, static_argnames="shape")
-def noise_of(seed: Int[Array, ""], shape: tuple[int, int, int]) -> Float[Array, "h w c"]:
-    """The noise that a seed's picture starts from."""
-    return jax.random.normal(jax.random.split(jax.random.key(seed))[0], shape)
+def slerp(a: Float[Array, "h w c"], b: Float[Array, "h w c"], share: Float[Array, ""]) -> Float[Array, "h w c"]:
+    """From a (share 0) to b (share 1) along the sphere, so that noise stays as large as noise is  (Shoemake 1985)."""
+    angle = jnp.arccos(jnp.clip((a * b).sum() / jnp.sqrt((a**2).sum() * (b**2).sum()), -1, 1))
 
+    def part(share):  # sin(share * angle) / sin(angle), also where the angle is 0
+        return share * jnp.sinc(share * angle / jnp.pi) / jnp.sinc(angle / jnp.pi)
 
-def slerp(
-    a: Float[np.ndarray, "h w c"], b: Float[np.ndarray, "h w c"], share: Float[np.ndarray, "n"]
-) -> Float[np.ndarray, "n h w c"]:
-    """From a (share 0) to b (share 1) along the sphere, which keeps noise as large as noise is (Shoemake 1985)."""
-    share = share[:, None, None, None]
-    angle = np.arccos(np.clip((a * b).sum() / np.sqrt((a**2).sum() * (b**2).sum()), -1, 1))
-    if np.sin(angle) < 1e-3:
-        return (1 - share) * a + share * b
-    return np.sin((1 - share) * angle) / np.sin(angle) * a + np.sin(share * angle) / np.sin(angle) * b
+    return part(1 - share) * a + part(share) * b

@@ -11,7 +11,7 @@ import samplers
 import schedule
 from dataloader import Data, one_each
 from params import Params
-from sampling import Controls, Request, build_draw
+from sampling import Controls, Request, build_sampler
 
 TEXT_DIM = 384  # numbers per token, as of MiniLM and bge-small-en
 
@@ -32,11 +32,12 @@ def drawer(
     config: Params, graphdef: nnx.GraphDef, data: Data, *, pictures: int, sampler: str, steps: int
 ) -> Callable[[dict], jax.Array]:
     """weights -> pictures: this project's sampler on a guided batch."""
-    draw = build_draw(config, graphdef)
+    sample = build_sampler(config, graphdef)
     along = tuple(samplers.timesteps(schedule.from_config(config), "trailing", steps).tolist())
-    noise = jax.random.normal(jax.random.key(0), (pictures, config.H, config.W, config.CHANNELS))
-    captions = (data.text_emb[:pictures, None], data.text_mask[:pictures, None])
-    request = Request(noise, jnp.arange(pictures), *captions, jnp.ones((pictures, 1)))
-    zero, one = jnp.zeros(()), jnp.ones(())
-    controls = Controls(jnp.float32(7), zero, None, None, zero, one, data.null_emb, data.null_mask)
-    return lambda weights: draw(weights, None, request, controls, sampler=sampler, along=along)[0]
+    text_emb, text_mask = (
+        jnp.stack([part[:pictures], jnp.broadcast_to(null, part[:pictures].shape)], axis=1)
+        for part, null in ((data.text_emb, data.null_emb), (data.text_mask, data.null_mask))
+    )
+    request = Request(jnp.arange(pictures)[:, None], text_emb, text_mask)
+    controls = Controls(jnp.float32(7), jnp.zeros(()), None, None, eta=jnp.zeros(()), temperature=jnp.ones(()))
+    return lambda weights: sample(weights, None, request, controls, sampler=sampler, timesteps=along)[0]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import schedule as schedules
-from guidance import guided, keeping, thresholded, within
+from guidance import guide, inpaint, limit_to_interval, threshold
 from samplers import SOLVERS, FreshNoise, timesteps
 
 POSITIVE, NEGATIVE = jax.random.normal(jax.random.key(0), (2, 2, 4, 3, 3))
@@ -19,18 +19,18 @@ def both(noisy, t):
     return POSITIVE, NEGATIVE
 
 
-def guide(guidance, rescale=0.0):
-    return ask(guided(both, jnp.float32(guidance), jnp.float32(rescale)))
+def guided(guidance, rescale=0.0):
+    return ask(guide(both, jnp.float32(guidance), jnp.float32(rescale)))
 
 
 def test_guidance_0_1_and_beyond():
-    np.testing.assert_allclose(guide(1), POSITIVE, rtol=1e-6, atol=1e-6)
-    np.testing.assert_array_equal(guide(0), NEGATIVE)
-    np.testing.assert_allclose(guide(3), 3 * POSITIVE - 2 * NEGATIVE, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(guided(1), POSITIVE, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(guided(0), NEGATIVE)
+    np.testing.assert_allclose(guided(3), 3 * POSITIVE - 2 * NEGATIVE, rtol=1e-5, atol=1e-5)
 
 
 def test_rescaling_brings_back_the_contrast_and_keeps_the_mean():
-    plain, whole, half = (guide(5, share) for share in (0.0, 1.0, 0.5))
+    plain, whole, half = (guided(5, share) for share in (0.0, 1.0, 0.5))
     axes = (1, 2, 3)
     np.testing.assert_allclose(whole.std(axes), POSITIVE.std(axes), rtol=1e-5)
     np.testing.assert_allclose(whole.mean(axes), plain.mean(axes), rtol=1e-4, atol=1e-5)
@@ -38,7 +38,7 @@ def test_rescaling_brings_back_the_contrast_and_keeps_the_mean():
 
 
 def test_rescaling_a_picture_of_one_colour_gives_no_nan():
-    flat = guided(lambda *_: (jnp.ones((1, 2, 2, 3)), jnp.zeros((1, 2, 2, 3))), jnp.float32(7), jnp.float32(1))
+    flat = guide(lambda *_: (jnp.ones((1, 2, 2, 3)), jnp.zeros((1, 2, 2, 3))), jnp.float32(7), jnp.float32(1))
     assert np.isfinite(flat(jnp.zeros((1, 2, 2, 3)), jnp.full(1, 3))).all()
 
 
@@ -52,7 +52,7 @@ def test_outside_of_the_interval_only_the_other_estimate_is_asked_for():
 
         return denoise
 
-    denoise = jax.jit(within(jnp.array([0.2, 0.8]), 1000, noting("in", POSITIVE), noting("out", NEGATIVE)))
+    denoise = jax.jit(limit_to_interval(jnp.array([0.2, 0.8]), 1000, noting("in", POSITIVE), noting("out", NEGATIVE)))
     for t, value in ((100, NEGATIVE), (200, POSITIVE), (800, POSITIVE), (801, NEGATIVE)):
         np.testing.assert_array_equal(denoise(NOISY, jnp.full(2, t)), value)
     jax.effects_barrier()
@@ -61,7 +61,7 @@ def test_outside_of_the_interval_only_the_other_estimate_is_asked_for():
 
 def test_thresholds_leave_pictures_in_range_alone_and_bring_others_back():
     def brought_back(image, percentile):
-        return thresholded(lambda noisy, t: noisy, percentile)(image, jnp.full(len(image), 5))
+        return threshold(lambda noisy, t: noisy, percentile)(image, jnp.full(len(image), 5))
 
     inside = jax.random.uniform(jax.random.key(0), (3, 5, 7, 3), minval=-1)
     for percentile in (None, jnp.float32(0.9)):
@@ -74,7 +74,7 @@ def test_thresholds_leave_pictures_in_range_alone_and_bring_others_back():
 
 def test_a_mask_that_is_true_everywhere_changes_nothing():
     everywhere = jnp.ones((2, 4, 3, 1), bool)
-    np.testing.assert_array_equal(ask(keeping(lambda *_: POSITIVE, NEGATIVE, everywhere)), POSITIVE)
+    np.testing.assert_array_equal(ask(inpaint(lambda *_: POSITIVE, NEGATIVE, everywhere)), POSITIVE)
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -92,7 +92,7 @@ def test_known_pixels_come_back_exactly_and_travel_under_their_own_noise(name):
     along = timesteps(schedule, "trailing", 6)
     start = schedules.add_noise(schedule, image, noise, jnp.full(2, 1000))
     fresh = FreshNoise(jax.vmap(jax.random.key)(jnp.arange(2)), jnp.float32(0), jnp.float32(1))
-    result, _ = SOLVERS[name].solve(keeping(network, image, drawn), schedule, start, along, fresh)
+    result, _ = SOLVERS[name].solve(inpaint(network, image, drawn), schedule, start, along, fresh)
     known = ~np.broadcast_to(drawn, image.shape)
     np.testing.assert_array_equal(np.asarray(result)[known], np.asarray(image)[known])
     jax.effects_barrier()

@@ -1,8 +1,9 @@
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from images import SQUARES, as_picture, captioned_grid, save_gif, save_png, wrapped
+from images import SQUARES, as_picture, captioned_grid, on_white, save_gif, save_png, to_bytes, to_float, wrapped
 
 FONT = ImageFont.load_default(12)
 
@@ -65,6 +66,20 @@ def test_captions_take_two_lines_at_most_and_never_more_than_the_width(text, wid
 def test_what_does_not_fit_is_elided_and_what_fits_is_not():
     assert wrapped("a very long caption indeed it is", FONT, width=80)[-1].endswith("…")
     assert wrapped("two short\nlines", FONT, width=60) == ["two short", "lines"]
+
+
+@pytest.mark.parametrize("text", ["x" * 1_000_000, "x " * 500_000, "é" * 1_000_000, " " * 1_000_000])
+def test_of_a_caption_without_end_only_the_beginning_is_measured(text, monkeypatch):
+    """A million letters take as long as a thousand, and a word is not shortened letter by letter."""
+    measured, measure = [], ImageFont.FreeTypeFont.getlength
+    monkeypatch.setattr(
+        FONT.__class__, "getlength", lambda self, text: measured.append(len(text)) or measure(self, text)
+    )
+    lines = wrapped(text, FONT, width=90)
+    assert sum(measured) < 30_000
+    assert all(measure(FONT, line) <= 90 for line in lines)
+    assert not text.strip() or lines[-1].endswith("…")
+    captioned_grid(flat((9, 9, 9)), [text], columns=1, cell=64)
 
 
 @pytest.mark.parametrize(
@@ -141,3 +156,27 @@ def test_a_film_plays_every_picture_and_rests_at_the_last(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"cannot write .*film\.gif"):
         save_gif([Image.new("RGB", (4, 4))], tmp_path / "file" / "film.gif", cell=12)
+
+
+def test_bytes_survive_the_way_to_floats_and_back():
+    every_byte = jnp.arange(256, dtype=jnp.uint8).reshape(1, 16, 16, 1)
+    floats = to_float(every_byte)
+    assert (floats.min(), floats.max()) == (-1, 1)
+    np.testing.assert_array_equal(to_bytes(floats), every_byte)
+    np.testing.assert_array_equal(to_bytes(jnp.array([[[[-3.0], [3.0]]]])).ravel(), [0, 255])
+
+
+def test_transparent_bytes_survive_the_way_to_floats_and_back():
+    colour, alpha = jnp.meshgrid(jnp.arange(256), jnp.arange(256))
+    rgba = jnp.stack([colour, 255 - colour, colour // 2, alpha], axis=-1).astype(jnp.uint8)
+    floats = to_float(rgba)
+    assert (floats[0] == -1).all()  # what is transparent has no colour
+    assert (floats[..., :3] <= floats[..., 3:] + 1e-6).all()
+    back = to_bytes(floats)
+    np.testing.assert_array_equal(back[1:], rgba[1:])
+    assert (back[0] == jnp.array([[255, 255, 255, 0]])).all()
+
+
+def test_transparent_pictures_are_laid_on_white():
+    rgba = np.array([[[10, 20, 30, 255], [10, 20, 30, 0], [0, 100, 200, 51]]], np.uint8)
+    np.testing.assert_array_equal(on_white(rgba), [[[10, 20, 30], [255, 255, 255], [204, 224, 244]]])

@@ -18,7 +18,7 @@ import samplers
 import sampling as sampling_module
 import schedule as schedules
 import training
-from images import to_bytes
+from images import on_white, save_png, to_bytes
 from params import Sampler, Sampling, Spacing
 from pipeline import DiffusionPipeline, Edit, Origin
 from text_encoder import TextEncoder
@@ -72,7 +72,7 @@ def test_a_picture_is_returned_and_written_with_its_origin(drawer, tmp_path):
 
 def test_a_png_tells_how_to_draw_it_again(drawer, other, tmp_path):
     path = tmp_path / "disc.png"
-    sampling = Sampling(sampler="dpmpp_2m_sde", spacing="leading", rescale=0.3, temperature=0.5, interval=(0.1, 0.9))
+    sampling = Sampling(sampler="dpmpp_2m_sde", spacing="log_snr", rescale=0.3, temperature=0.5, interval=(0.1, 0.9))
     options = {"steps": 3, "seed": 5, "negative_prompt": "blue – très", "sampling": sampling, "size": 24}
     image = drawer.generate_image("red disc", path, True, 2.5, **options)
     origin = Origin.read(path)
@@ -83,6 +83,20 @@ def test_a_png_tells_how_to_draw_it_again(drawer, other, tmp_path):
     Image.new("RGB", (3, 3)).save(tmp_path / "bare.png")
     with pytest.raises(ValueError, match=r"bare\.png does not say how it was drawn"):
         Origin.read(tmp_path / "bare.png")
+
+
+def test_a_png_of_an_older_version_is_read_or_refused_with_the_reason(drawer, tmp_path):
+    text = drawer.origin("red disc", 5, Sampling(steps=3)).to_text()
+    old = json.loads(text["sampling"]) | {"on_white": True}
+    save_png(Image.new("RGB", (3, 3)), tmp_path / "old.png", text | {"sampling": json.dumps(old)})
+    assert Origin.read(tmp_path / "old.png") == drawer.origin("red disc", 5, Sampling(steps=3))
+    for gone, message in (
+        ({"spacing": "leading"}, "spacing = 'leading': allowed are trailing, log_snr"),
+        ({"x": 1}, "x"),
+    ):
+        save_png(Image.new("RGB", (3, 3)), tmp_path / "gone.png", text | {"sampling": json.dumps(old | gone)})
+        with pytest.raises(ValueError, match=rf"gone\.png cannot be drawn again by this version.*{message}"):
+            Origin.read(tmp_path / "gone.png")
 
 
 def test_drawing_makes_no_transfer_that_it_does_not_name(drawer, sealed):
@@ -125,7 +139,7 @@ def test_threads_may_draw_at_once(drawer, tmp_path):
 
 
 def test_guidance_of_one_is_no_guidance_and_needs_no_second_evaluation(drawer, monkeypatch):
-    sampling_module.build_draw.cache_clear()
+    sampling_module.build_sampler.cache_clear()
     drawer = DiffusionPipeline.from_weights(
         drawer.config, drawer.encoder, training.structure(drawer.config, 384), drawer.weights
     )
@@ -183,7 +197,8 @@ def test_drawing_is_a_solver_over_guided_and_thresholded_estimates(drawer, tiny,
             noisy = schedules.add_noise(schedule, denoised, noise, past)
         return noisy
 
-    expected = by_hand(sampling_module.noise_of(np.int32(9), drawer.shape)[None])
+    noise_key, _ = jax.random.split(jax.random.key(9))
+    expected = by_hand(jax.random.normal(noise_key, (1, tiny.H, tiny.W, tiny.CHANNELS)))
     config = dataclasses.replace(tiny, prediction=prediction)
     pipeline = DiffusionPipeline.from_weights(config, drawer.encoder, graphdef, drawer.weights)
     drawn = pipeline.generate_arrays(["red disc"], Sampling(c=3, sampler="ddim", steps=5), seeds=9)
@@ -237,11 +252,17 @@ def test_a_way_between_prompts_and_seeds_begins_and_ends_with_its_own_pictures(d
         drawer.interpolate(("a", "b"), frames=1)
 
 
-def test_a_way_between_noises_keeps_their_size():
-    a, b = np.random.default_rng(0).normal(size=(2, 8, 12, 3))
-    for between in sampling_module.slerp(a, b, np.linspace(0, 1, 5)):
-        np.testing.assert_allclose((between**2).mean(), 1, atol=0.15)
-    np.testing.assert_array_equal(sampling_module.slerp(a, a, np.array([0.0, 0.3]))[0], a)
+def test_a_way_between_noises_keeps_their_size_and_meets_both():
+    a, b = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 12, 3)), jnp.float32)
+    shares = jnp.linspace(0, 1, 5)
+    between = jax.vmap(lambda share: sampling_module.slerp(a, b, share))(shares)
+    np.testing.assert_allclose((between**2).mean((1, 2, 3)), 1, atol=0.15)
+    np.testing.assert_allclose(between[jnp.array([0, 4])], jnp.stack([a, b]), atol=1e-5)
+    half = (a + b) / jnp.sqrt(
+        2 * (1 + (a * b).sum() / jnp.linalg.norm(a) / jnp.linalg.norm(b))
+    )  # Shoemake, Eq. for 1/2
+    np.testing.assert_allclose(between[2], half, atol=1e-5)
+    np.testing.assert_allclose(sampling_module.slerp(a, a, jnp.float32(0.3)), a, atol=1e-5)
 
 
 def test_a_film_of_the_drawing_ends_with_the_picture(drawer, tiny):
@@ -336,7 +357,7 @@ def test_what_cannot_be_drawn_is_refused(drawer, wrong, message):
         ("steps", 0), ("c", float("nan")), ("c", float("inf")), ("c", -1), ("eta", 1.1), ("temperature", -0.1),
         ("steps", 5.5), ("c", "seven"), ("c", None), ("c", 1e300), ("sampler", "euler"), ("spacing", "even"),
         ("rescale", 2), ("percentile", float("nan")), ("interval", (0.1, 0.2, 0.3)), ("interval", (0.5, 0.2)),
-        ("interval", (0.0, float("nan"))),
+        ("interval", (0.0, float("nan"))), ("spacing", "leading"),
     ],
 )  # fmt: skip
 def test_impossible_sampling_is_refused_with_the_field_and_the_range(field, value):
@@ -367,14 +388,14 @@ def test_no_prompt_gives_no_picture(drawer):
 
 
 def test_a_path_that_no_png_can_have_is_refused_before_drawing(drawer, tmp_path, monkeypatch):
-    monkeypatch.setattr(drawer, "_draw", None)
+    monkeypatch.setattr(drawer, "_sampler", None)
     (tmp_path / "folder.png").mkdir()
     for path in (tmp_path / "disc.jpg", tmp_path, tmp_path / "folder.png"):
         with pytest.raises(ValueError, match=r"name a file that ends in \.png"):
             drawer.generate_image("red disc", path)
 
 
-def test_transparent_pictures_come_with_clean_alpha_or_on_white(trained, tiny, drawer):
+def test_transparent_pictures_come_with_clean_alpha(trained, tiny, drawer):
     config = dataclasses.replace(tiny, CHANNELS=4)
     graphdef = training.structure(config, drawer.encoder.dim)
     weights = training.init(config, drawer.encoder.dim, jax.random.key(0)).weights
@@ -384,11 +405,9 @@ def test_transparent_pictures_come_with_clean_alpha_or_on_white(trained, tiny, d
     pixels = np.asarray(rgba)
     assert (pixels[..., 3] == 0).any()
     assert (pixels[pixels[..., 3] == 0] == [255, 255, 255, 0]).all()
-    rgb = pipeline.generate_image("red disc", steps=3, sampling=Sampling(on_white=True))
-    assert rgb.mode == "RGB"
     white = Image.new("RGBA", rgba.size, "white")
     white.alpha_composite(rgba)
-    np.testing.assert_allclose(np.asarray(rgb).astype(int), np.asarray(white.convert("RGB")).astype(int), atol=1)
+    np.testing.assert_allclose(on_white(pixels).astype(int), np.asarray(white)[..., :3].astype(int), atol=1)
     known = Image.fromarray(
         np.dstack([np.full((8, 12, 3), 200, np.uint8), np.arange(96, dtype=np.uint8).reshape(8, 12)])
     )

@@ -14,6 +14,10 @@ from samplers import SOLVERS, SPACINGS, FreshNoise, timesteps
 M, S = 0.3, 0.5  # mean and standard deviation of the data
 SCHEDULE = schedules.cosine(1000)
 FINE = schedules.cosine(20_000)
+ZERO = schedules.cosine(1000, zero_terminal_snr=True)
+NOISE = jax.random.normal(jax.random.key(0), (2, 3, 5, 1))
+SIX = timesteps(SCHEDULE, "trailing", 6)
+COMPILED = {}  # most of the time goes into compiling
 
 
 def denoiser(schedule, S=S):
@@ -38,10 +42,11 @@ def fresh(batch=1, eta=0.0, temperature=1.0, seed=0):
 
 
 def solve(name, noisy, along, schedule=SCHEDULE, denoise=None, **freshness):
-    run = jax.jit(
-        lambda noisy, fresh: SOLVERS[name].solve(denoise or denoiser(schedule), schedule, noisy, along, fresh)
-    )
-    return run(noisy, fresh(len(noisy), **freshness))[0]
+    solver, asked = SOLVERS[name].solve, denoise or denoiser(schedule)
+    key = (solver, along.tobytes(), id(schedule), denoise)
+    if key not in COMPILED:
+        COMPILED[key] = jax.jit(lambda noisy, fresh: solver(asked, schedule, noisy, along, fresh)), schedule
+    return COMPILED[key][0](noisy, fresh(len(noisy), **freshness))[0]
 
 
 def error(name, steps):
@@ -55,7 +60,7 @@ def error(name, steps):
 
 
 @pytest.mark.parametrize(("name", "order", "steps"), [
-    ("ddim", 1, (32, 64, 128)), ("dpmpp_2m", 2, (16, 32, 64)), ("heun", 2, (16, 32, 64)), ("dpmpp_3m", 3, (24, 48)),
+    ("ddim", 1, (64, 128)), ("dpmpp_2m", 2, (32, 64)), ("heun", 2, (32, 64)), ("dpmpp_3m", 3, (24, 48)),
 ])  # fmt: skip
 def test_halving_the_step_shows_the_order(name, order, steps):
     errors = [error(name, n) for n in steps]
@@ -63,7 +68,7 @@ def test_halving_the_step_shows_the_order(name, order, steps):
     np.testing.assert_allclose(orders, order, atol=0.35)
 
 
-@pytest.mark.parametrize("schedule", [SCHEDULE, schedules.cosine(1000, zero_terminal_snr=True)], ids=["", "zero SNR"])
+@pytest.mark.parametrize("schedule", [SCHEDULE, ZERO], ids=["", "zero SNR"])
 @pytest.mark.parametrize("name", SOLVERS)
 def test_the_whole_way_from_noise_ends_where_it_should(name, schedule):
     along = timesteps(schedule, "trailing", 100)
@@ -74,8 +79,7 @@ def test_the_whole_way_from_noise_ends_where_it_should(name, schedule):
 
 
 def test_ddim_follows_equation_12_step_by_step():
-    noise = jax.random.normal(jax.random.key(0), (2, 3, 5, 1))
-    along = timesteps(SCHEDULE, "trailing", 7)
+    noise, along = NOISE, SIX
     x = np.asarray(noise, np.float64)
     alpha_bar = np.asarray(SCHEDULE.alpha, np.float64) ** 2
     for t, s in itertools.pairwise(along):
@@ -87,8 +91,7 @@ def test_ddim_follows_equation_12_step_by_step():
 
 def test_ddpm_follows_the_posterior_of_ho_et_al_step_by_step():
     """Ho et al. 2020, Eq. 6 and 7, for steps that skip timesteps; the fresh noise is that of each picture's key."""
-    noise = jax.random.normal(jax.random.key(0), (2, 3, 5, 1))
-    along = timesteps(SCHEDULE, "trailing", 6)
+    noise, along = NOISE, SIX
     keys = fresh(2).keys
     x = np.asarray(noise, np.float64)
     alpha_bar = np.asarray(SCHEDULE.alpha, np.float64) ** 2
@@ -103,8 +106,7 @@ def test_ddpm_follows_the_posterior_of_ho_et_al_step_by_step():
 
 
 def test_ddim_with_eta_follows_equation_16_step_by_step():
-    noise = jax.random.normal(jax.random.key(0), (2, 3, 5, 1))
-    along = timesteps(SCHEDULE, "trailing", 6)
+    noise, along = NOISE, SIX
     keys, eta = fresh(2).keys, 0.6
     x = np.asarray(noise, np.float64)
     alpha_bar = np.asarray(SCHEDULE.alpha, np.float64) ** 2
@@ -120,8 +122,7 @@ def test_ddim_with_eta_follows_equation_16_step_by_step():
 @pytest.mark.parametrize("eta", [0.0, 1.0], ids=["ode", "sde"])
 def test_dpmpp_2m_follows_its_paper_step_by_step(eta):
     """Lu et al. 2022b, Algorithm 2, and the SDE variant of Appendix B."""
-    noise = jax.random.normal(jax.random.key(0), (2, 3, 5, 1))
-    along = timesteps(SCHEDULE, "trailing", 9)
+    noise, along = NOISE, SIX
     alpha, sigma = (np.asarray(part, np.float64) for part in (SCHEDULE.alpha, SCHEDULE.sigma))
     keys, x, earlier, h_before = fresh(2).keys, np.asarray(noise, np.float64), None, None
     for number, (t, s) in enumerate(itertools.pairwise(along)):
@@ -141,15 +142,15 @@ def test_dpmpp_2m_follows_its_paper_step_by_step(eta):
     np.testing.assert_allclose(solve("dpmpp_2m", noise, along, eta=eta), x, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("T", [7, 100, 1000])
+@pytest.mark.parametrize("T", [7, 1000])
 def test_ancestral_steps_of_any_length_are_finite(T):
     schedule = schedules.cosine(T)
-    pairs = samplers.steps_along(schedule, np.repeat(np.arange(T, -1, -1), 1))
-    to = samplers.Steps(*(jnp.full_like(part, part[0]) for part in pairs))._replace(
-        alpha_next=pairs.alpha_next, sigma_next=pairs.sigma_next
+    steps, _ = samplers.steps_between(schedule, np.arange(T, -1, -1))
+    from_T = samplers.Step(*(jnp.full_like(part, part[0]) for part in steps))._replace(
+        alpha_next=steps.alpha_next, sigma_next=steps.sigma_next
     )
-    picture = jnp.ones((1, 1, 1, 1))
-    ends = jax.jit(jax.vmap(lambda step: samplers.advance(picture, picture, step, fresh(eta=1.0))))(to)
+    image = jnp.ones((1, 1, 1, 1))
+    ends = jax.jit(jax.vmap(lambda step: samplers.ddim_step(image, image, step, fresh(eta=1.0))))(from_T)
     assert np.isfinite(ends).all()
 
 
@@ -196,34 +197,38 @@ def test_stochastic_solving_reaches_the_mean_and_variance_of_the_data(name, eta)
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_without_eta_no_key_and_no_temperature_matters(name):
-    along = timesteps(SCHEDULE, "trailing", 5)
-    noise = jax.random.normal(jax.random.key(0), (2, 3, 5, 1))
+    noise, along = NOISE, SIX
     one = solve(name, noise, along, eta=0.0)
     np.testing.assert_array_equal(one, solve(name, noise, along, eta=0.0, temperature=3.0, seed=77))
     other = [solve(name, noise, along, eta=1.0, seed=seed) for seed in (0, 77)]
     assert (other[0] != other[1]).all()
 
 
+def grey(noisy, t):
+    return jnp.full_like(noisy, M)
+
+
 @pytest.mark.parametrize("name", SOLVERS)
 def test_temperature_scales_the_fresh_noise_alone(name):
     """With an estimate that does not look at `noisy`, a picture is linear in the noise that it was given."""
     along = np.array([800, 500, 200, 100])
-    noise = jax.random.normal(jax.random.key(0), (2, 3, 5, 1))
     cold, mild, hot = (
-        solve(name, noise, along, denoise=lambda noisy, t: jnp.full_like(noisy, M), eta=1.0, temperature=temperature)
-        for temperature in (0.0, 1.0, 2.0)
+        solve(name, NOISE, along, denoise=grey, eta=1.0, temperature=temperature) for temperature in (0.0, 1.0, 2.0)
     )
     np.testing.assert_allclose(hot - mild, mild - cold, rtol=1e-4, atol=1e-6)
     assert float(jnp.abs(mild - cold).min()) > 0
 
 
+def perfect(noisy, t):
+    return jax.random.uniform(jax.random.key(1), noisy.shape, minval=-1)
+
+
 @pytest.mark.parametrize("name", SOLVERS)
 def test_a_perfect_denoiser_is_reached_in_one_step_and_in_many(name):
-    image = jax.random.uniform(jax.random.key(1), (2, 4, 3, 1), minval=-1)
-    noise = jax.random.normal(jax.random.key(2), image.shape)
-    for steps in (1, 2, 13):
-        along = timesteps(SCHEDULE, "trailing", steps)
-        np.testing.assert_array_equal(solve(name, noise, along, denoise=lambda *_: image, eta=SOLVERS[name].eta), image)
+    for schedule, steps in ((SCHEDULE, 1), (ZERO, 2), (SCHEDULE, 13)):
+        along, eta = timesteps(schedule, "trailing", steps), SOLVERS[name].eta
+        drawn = solve(name, NOISE, along, schedule, perfect, eta=eta)
+        np.testing.assert_array_equal(drawn, perfect(NOISE, 0))
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -240,15 +245,10 @@ def test_the_table_knows_how_often_a_solver_asks(name):
     assert set(asked) == {1000, 800, 600, 400, 200}
 
 
-def test_spacings_are_those_of_lin_et_al():
+def test_trailing_spacing_is_that_of_lin_et_al():
     """Table 2 of Lin et al. 2024, T = 1000, 10 steps."""
-    table = {
-        "trailing": [1000, 900, 800, 700, 600, 500, 400, 300, 200, 100],
-        "leading": [901, 801, 701, 601, 501, 401, 301, 201, 101, 1],
-        "linspace": [1000, 889, 778, 667, 556, 445, 334, 223, 112, 1],
-    }
-    for spacing, expected in table.items():
-        np.testing.assert_array_equal(timesteps(SCHEDULE, spacing, 10), [*expected, 0])
+    expected = [1000, 900, 800, 700, 600, 500, 400, 300, 200, 100, 0]
+    np.testing.assert_array_equal(timesteps(SCHEDULE, "trailing", 10), expected)
 
 
 def test_log_snr_spacing_is_even_in_log_snr():
@@ -268,17 +268,10 @@ def test_any_number_of_steps_gives_decreasing_timesteps_down_to_0(spacing, T, ze
         assert len(along) == steps + 1
         assert (np.diff(along) < 0).all()
         assert along[-1] == 0
-        assert along[0] == T or spacing == "leading"
+        assert along[0] == T
 
 
 @pytest.mark.parametrize("steps", [0, -1, 11])
 def test_impossible_step_counts_are_refused(steps):
     with pytest.raises(ValueError, match=rf"steps = {steps}.*from 1 to the 10"):
         timesteps(schedules.cosine(10), "trailing", steps)
-
-
-def test_unknown_names_are_answered_with_the_known_ones():
-    with pytest.raises(ValueError, match="spacing = 'even': allowed are trailing, leading, linspace, log_snr"):
-        timesteps(SCHEDULE, "even", 3)
-    with pytest.raises(ValueError, match="sampler = 'euler': allowed are ddim, ddpm, heun, dpmpp_2m"):
-        samplers.solver("euler")
