@@ -14,6 +14,7 @@ loss is measured, so that RGB and RGBA compare.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -156,11 +157,12 @@ def samples_of(subject: Subject, sets: dict[str, Captions]) -> dict[str, np.ndar
 
     recipe = [subject.pipeline.hash, subject.pipeline.resolved(subject.options.sampling).to_json()]
     samples = {on: [np.zeros((0, *subject.images["training"].shape[1:]), np.uint8)] for on in sets}
+    next_seed = itertools.count(subject.options.seed)
     with tqdm(total=sum(len(chosen.texts) for chosen in sets.values()), unit="img", disable=None) as bar:
         for on, chosen in sets.items():
             for start in range(0, len(chosen.texts), BATCH):
                 texts = chosen.texts[start : start + BATCH]
-                seeds = [subject.options.seed + start + i for i in range(len(texts))]
+                seeds = list(itertools.islice(next_seed, len(texts)))
                 key = json.dumps([*recipe, texts, seeds])
                 samples[on].append(cached("samples", key, partial(sample, subject, texts, seeds))["images"])
                 bar.update(len(texts))
@@ -262,9 +264,8 @@ def point_of_curve(subject: Subject) -> dict:
     chosen = evenly(subject.real["training"].names, CURVE)
     samples = samples_of(subject, {"training": chosen})
     by_pixels, _ = words_and_copies("pixels", pixels(samples), pixels(subject.images), chosen.own)
-    return {
-        "name": subject.path.name, "images": subject.images_seen, "scores": [*losses(subject)[0], *by_pixels]
-    }  # fmt: skip
+    found = [*losses(subject)[0], *by_pixels]
+    return {"name": subject.path.name, "images": subject.images_seen, "scores": found}
 
 
 def write_report(subject: Subject, over_time: list[dict]) -> None:

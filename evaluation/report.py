@@ -38,6 +38,8 @@ def read(path: Path) -> dict:
         results = json.loads(Path(path).read_text(encoding="utf-8"))
         if results["schema"] != SCHEMA:
             raise ValueError(f"its schema is {results['schema']!r}, this version reads {SCHEMA}")
+        if missing := {"checkpoint", "config", "data", "sampling", "sets"} - results.keys():
+            raise ValueError(f"it has no {sorted(missing)}")
         results["scores"] = [_score(fields) for fields in results["scores"]]
         for entry in results["over_time"]:
             entry["scores"] = [_score(fields) for fields in entry["scores"]]
