@@ -5,12 +5,14 @@ was measured. Right the same at the end, at each noise level. Needs matplotlib, 
 """
 
 import json
+import math
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated
 
-import numpy as np
 import tyro
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000")  # Okabe & Ito 2008
@@ -70,7 +72,7 @@ def plot(options: Options) -> None:
 def plot_curves(axes, lines: list[dict], colour: str, label: str) -> None:
     """Training loss, smoothed over its pale self, and held-out loss."""
     seen = [line["images"] for line in lines]
-    loss = np.array([line["loss"] for line in lines], float)  # NaN where a line has none
+    loss = [known(line["loss"]) for line in lines]
     reach = round(len(lines) * SMOOTH / 2)
     smooth = [mean(loss[max(0, i - reach) : i + reach + 1]) for i in range(len(loss))]
     axes.plot(seen, loss, color=colour, alpha=0.2, linewidth=1)
@@ -85,15 +87,20 @@ def plot_levels(axes, lines: list[dict], colour: str) -> None:
     for field, style in ("loss_per_level", SOLID), ("heldout_loss_per_level", DASHED):
         measured = [line[field] for line in lines if line.get(field)]
         if measured:
-            last = np.array(measured[-max(1, round(len(measured) * LAST)) :], float)  # [lines, levels]
-            middle = (np.arange(last.shape[1]) + 0.5) / last.shape[1]
-            axes.plot(middle, [mean(level) for level in last.T], color=colour, **style)
+            last = measured[-max(1, round(len(measured) * LAST)) :]
+            levels = [mean(map(known, level)) for level in zip(*last, strict=True)]
+            axes.plot([(i + 0.5) / len(levels) for i in range(len(levels))], levels, color=colour, **style)
 
 
-def mean(values: np.ndarray) -> float:
+def known(value: float | None) -> float:
+    """A number of metrics.jsonl, where null was not finite or not measured, as NaN."""
+    return math.nan if value is None else value
+
+
+def mean(values: Iterable[float]) -> float:
     """Of the values that are not NaN; NaN if there are none."""
-    known = values[values == values]
-    return known.mean() if len(known) else float("nan")
+    finite = [value for value in values if not math.isnan(value)]
+    return fmean(finite) if finite else math.nan
 
 
 def read(run: Path) -> list[dict]:
