@@ -187,15 +187,15 @@ def _training_first(pictures: Pictures) -> Pictures:
             rows = train[start : start + BLOCK]
             images[start : start + len(rows)] = images[rows]
         images[len(train) :] = last
-    return only(pictures._replace(images=None), np.concatenate([train, held]))._replace(images=images)
+    return select(pictures._replace(images=None), np.concatenate([train, held]))._replace(images=images)
 
 
 def side(pictures: Pictures, *, heldout: bool) -> Pictures:
     """The pictures on one side of the split."""
-    return only(pictures, np.flatnonzero(pictures.heldout == heldout))
+    return select(pictures, np.flatnonzero(pictures.heldout == heldout))
 
 
-def only(pictures: Pictures, rows) -> Pictures:
+def select(pictures: Pictures, rows) -> Pictures:
     """The pictures of these rows; the fingerprint and the faults stay those of the whole.
 
     Rows that stand together are not copied: `images` is then a part of the same array.

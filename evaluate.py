@@ -184,7 +184,7 @@ def losses(subject: Subject) -> tuple[list[Score], dict]:
 
     unseen, trained = subject.real["held-out"], subject.real["training"]
     sets = {"held-out": unseen} if len(unseen.names) > 1 else {}
-    sets["training"] = dataset.only(trained, spread(len(trained.names), len(unseen.names) if sets else CURVE))
+    sets["training"] = dataset.select(trained, spread(len(trained.names), len(unseen.names) if sets else CURVE))
     found, levels = [], {"short": {}, "long": {}}
     for ema, curves in levels.items():
         same = ema == subject.options.ema
@@ -202,7 +202,7 @@ def loss_per_level(pipeline: DiffusionPipeline, pictures: Pictures) -> dict[str,
     import training
     from evaluation import heldout
 
-    graphdef = training.structure(pipeline.config, pipeline.encoder.dim)
+    graphdef = training.graphdef(pipeline.config, pipeline.encoder.dim)
     measure = heldout.build_measure(pipeline.config, graphdef, pictures.images, pictures.names, pipeline.encoder)
     return {"losses": measure(pipeline.weights, progress=True)}
 

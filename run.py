@@ -13,8 +13,13 @@ from flax import nnx
 from tqdm import tqdm
 
 import checkpoint
+import dataset
 import parallel
+import schedule
+import tracking
 import training
+from dataset import Pictures
+from evaluation import heldout
 from images import captioned_grid, save_png
 from params import Params
 from pipeline import DiffusionPipeline
@@ -22,6 +27,7 @@ from text_encoder import TextEncoder
 from tracking import MetricsLog
 from training import Metrics, TrainState
 
+SAMPLES = 12  # pictures in a grid
 HOPELESS = 3  # steps in a row whose loss or gradient is not finite
 
 
@@ -130,3 +136,62 @@ class Run:
             f"train.py: up to step {self.step}, {metrics.streak} steps in a row were not finite, {where}, and changed "
             f"no weight (the largest is {largest:.3g}). Lower --learning_rate or --clip; if it comes back, {cure}"
         )
+
+
+def start(
+    config: Params, output: Path, newest: Path | None, encoder: TextEncoder, pictures: Pictures, track: tuple[str, ...]
+) -> tuple[Run, TrainState]:
+    """The run and its state: new, or as the checkpoint `newest` left them. ValueError where that is of other data."""
+    shown, unseen = (dataset.side(pictures, heldout=side) for side in (False, True))
+    graphdef = training.graphdef(config, encoder.dim)
+    fast = {"xla_backend_optimization_level": 0}  # to compile, as it runs only once
+    init_state = jax.jit(training.init_state, static_argnums=(0, 1), compiler_options=fast)
+    state = parallel.replicate(init_state(config, encoder.dim, jax.random.key(config.seed)))
+    about = {
+        "version": training.VERSION,
+        "config": config.to_json(),
+        "encoder": encoder.identity,
+        "schedule": {"name": schedule.NAME, "T": config.T},
+        "dataset": {"fingerprint": pictures.fingerprint, "pictures": len(shown.names)},
+        "prompts": example_prompts(shown.names, unseen.names),
+    }
+    step, seconds = 0, 0.0
+    if newest is not None:
+        saved = checkpoint.about(newest)
+        for part in ("encoder", "dataset"):
+            if saved[part] != about[part]:
+                raise checkpoint.CheckpointError(
+                    f"--resume: the {part} of {newest} was {saved[part]}, now {about[part]}"
+                )
+        step, seconds = saved["step"], saved["seconds"]
+        restored = checkpoint.restore(newest, training.to_checkpoint(state))
+        state = parallel.replicate(training.from_checkpoint(restored))
+        print(f"resumed from {newest}, step {step}")
+    parallel.check_equal(**{part: about[part] for part in ("config", "encoder", "dataset")}, step=step)
+
+    concepts, log = len(set(shown.indexes)), None
+    if parallel.is_main():
+        trackers = tracking.trackers(track, output, step=step, config=config.to_json())
+        path = output / "metrics.jsonl"
+        log = tracking.MetricsLog(path, step, seconds, pictures=concepts, B=config.B, trackers=trackers)
+    run = Run(
+        config, output, grid_folder(output), encoder, graphdef, concepts, about,
+        heldout.build_monitor(config, graphdef, unseen, encoder), step, log,
+    )  # fmt: skip
+    return run, state
+
+
+def example_prompts(captions: list[str], heldout: list[str]) -> list[str]:
+    """Captions for the sample grids, spread over the data: three in four trained on, the others held out."""
+
+    def spread(names: list[str], count: int) -> list[str]:
+        count = min(count, len(names))
+        return [names[i * len(names) // count] for i in range(count)]
+
+    unseen = spread(heldout, SAMPLES // 4)
+    return spread(captions, SAMPLES - len(unseen)) + unseen
+
+
+def grid_folder(output: Path) -> Path:
+    """Where the sample grids of a run go."""
+    return Path("validation_images", "-".join(part for part in output.parts if part.strip("/.")) or "run")

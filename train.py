@@ -33,7 +33,6 @@ MAY_CHANGE = {  # between a run and its resumption
     "data", "epochs", "minutes", "learning_rate", "clip", "weight_decay", "accumulate", "compute",
     "log_every", "sample_every", "save_every", "keep",
 }  # fmt: skip
-SAMPLES = 12  # pictures in a grid
 
 
 # Configuration.
@@ -140,17 +139,6 @@ def load_data(config: Params) -> tuple["Pictures", "TextEncoder"]:
     return pictures, encoder
 
 
-def example_prompts(captions: list[str], heldout: list[str]) -> list[str]:
-    """Captions for the sample grids, spread over the data: three in four trained on, the others held out."""
-
-    def spread(names: list[str], count: int) -> list[str]:
-        count = min(count, len(names))
-        return [names[i * len(names) // count] for i in range(count)]
-
-    unseen = spread(heldout, SAMPLES // 4)
-    return spread(captions, SAMPLES - len(unseen)) + unseen
-
-
 def catch_signals() -> list[int]:
     """A list that fills on the first Ctrl-C or SIGTERM; a second one stops at once, without saving."""
     received = []
@@ -173,6 +161,7 @@ def train(options: Options) -> str | None:
     import dataloader
     import dataset
     import parallel
+    from run import start
 
     # Configuration
     config, newest = configure(options)
@@ -181,12 +170,12 @@ def train(options: Options) -> str | None:
     with parallel.main_first("prepared"):
         config = resolve(config)
         pictures, encoder = load_data(config)
-        shown, unseen = (dataset.side(pictures, heldout=side) for side in (False, True))
-        source = dataloader.load(shown, encoder, config)
-    print(f"{len(shown.names)} pictures of {config.vendor} to train on, {len(unseen.names)} held out")
+        source = dataloader.load(dataset.side(pictures, heldout=False), encoder, config)
+    held = int(pictures.heldout.sum())
+    print(f"{len(pictures.names) - held} pictures of {config.vendor} to train on, {held} held out")
 
     # State
-    run, state = start(options, config, newest, encoder, pictures)
+    run, state = start(config, options.output, newest, encoder, pictures, options.track)
 
     # Loop
     try:
@@ -207,6 +196,7 @@ def configure(options: Options) -> tuple[Params, Path | None]:
     import checkpoint
     import files
     import parallel
+    from run import grid_folder
 
     tracking.require(options.track)
     output, newest = options.output, checkpoint.newest(options.output)
@@ -219,62 +209,6 @@ def configure(options: Options) -> tuple[Params, Path | None]:
     if config.compute == "bfloat16" and not parallel.on_accelerator():
         print("--compute bfloat16: slower than float32 on most CPUs", file=sys.stderr)
     return config, newest
-
-
-def grid_folder(output: Path) -> Path:
-    """Where the sample grids of a run go."""
-    return Path("validation_images", "-".join(part for part in output.parts if part.strip("/.")) or "run")
-
-
-def start(
-    options: Options, config: Params, newest: Path | None, encoder: "TextEncoder", pictures: "Pictures"
-) -> tuple["Run", "TrainState"]:
-    """The run and its state: new, or as the newest checkpoint left them."""
-    import jax
-
-    import checkpoint
-    import dataset
-    import parallel
-    import schedule
-    import training
-    from evaluation import heldout
-    from run import Run
-
-    shown, unseen = (dataset.side(pictures, heldout=side) for side in (False, True))
-    graphdef = training.graphdef(config, encoder.dim)
-    fast = {"xla_backend_optimization_level": 0}  # to compile, as it runs only once
-    init_state = jax.jit(training.init_state, static_argnums=(0, 1), compiler_options=fast)
-    state = parallel.replicate(init_state(config, encoder.dim, jax.random.key(config.seed)))
-    about = {
-        "version": training.VERSION,
-        "config": config.to_json(),
-        "encoder": encoder.identity,
-        "schedule": {"name": schedule.NAME, "T": config.T},
-        "dataset": {"fingerprint": pictures.fingerprint, "pictures": len(shown.names)},
-        "prompts": example_prompts(shown.names, unseen.names),
-    }
-    step, seconds = 0, 0.0
-    if newest is not None:
-        saved = checkpoint.about(newest)
-        for part in ("encoder", "dataset"):
-            if saved[part] != about[part]:
-                sys.exit(f"--resume: the {part} of {newest} was {saved[part]}, now it is {about[part]}")
-        step, seconds = saved["step"], saved["seconds"]
-        restored = checkpoint.restore(newest, training.to_checkpoint(state))
-        state = parallel.replicate(training.from_checkpoint(restored))
-        print(f"resumed from {newest}, step {step}")
-    parallel.check_equal(**{part: about[part] for part in ("config", "encoder", "dataset")}, step=step)
-
-    concepts, log = len(set(shown.indexes)), None
-    if parallel.is_main():
-        trackers = tracking.trackers(options.track, options.output, step=step, config=config.to_json())
-        path = options.output / "metrics.jsonl"
-        log = tracking.MetricsLog(path, step, seconds, pictures=concepts, B=config.B, trackers=trackers)
-    run = Run(
-        config, options.output, grid_folder(options.output), encoder, graphdef, concepts, about,
-        heldout.build_monitor(config, graphdef, unseen, encoder), step, log,
-    )  # fmt: skip
-    return run, state
 
 
 def loop(run: "Run", state: "TrainState", source: "Memory | Stream") -> tuple["TrainState", str]:
@@ -332,6 +266,19 @@ def loop(run: "Run", state: "TrainState", source: "Memory | Stream") -> tuple["T
     return state, stopped_by
 
 
+def examine(config: Params) -> str | None:
+    """Whether code and data can learn; returns why not."""
+    from dataset import side
+    from evaluation.selftest import CANDIDATES, self_test
+
+    few = min(config.MAX_INDEX or CANDIDATES, CANDIDATES)
+    config = resolve(dataclasses.replace(config, stream=False, MAX_INDEX=few))
+    pictures, encoder = load_data(config)
+    verdict = self_test(config, side(pictures, heldout=False), encoder)
+    print(verdict)
+    return None if verdict.outcome == "PASS" else f"self-test: {verdict.outcome}"
+
+
 def command_to_resume() -> str:
     words = [word for word in sys.argv[1:] if word != "--resume"] + ["--resume"]
     return f"python train.py {shlex.join(words)}"
@@ -353,13 +300,12 @@ def main() -> None:
     try:
         if options.distributed:
             parallel.join()
-        if options.self_test or options.dry_run:
-            from evaluation import forecast, selftest
+        if options.dry_run:
+            from evaluation.forecast import forecast
 
-            config = resolve(options.config) if options.self_test else options.config
-            ended = selftest.run(config, *load_data(config)) if options.self_test else forecast.forecast(config)
+            ended = forecast(options.config)
         else:
-            ended = train(options)
+            ended = examine(options.config) if options.self_test else train(options)
         parallel.leave()
     except refused as error:
         sys.exit(f"train.py: {error}")

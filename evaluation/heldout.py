@@ -27,7 +27,7 @@ from images import to_float
 from model import network
 from params import Params
 from text_encoder import TextEncoder
-from training import LEVELS, loss_at
+from training import LEVELS, squared_error
 
 BATCH = 8  # pictures per call of the network
 MONITORED = 64  # held-out pictures whose loss training measures beside each sample grid
@@ -58,7 +58,7 @@ def build_losses(config: Params, graphdef: nnx.GraphDef) -> Callable[..., Float[
         image = to_float(images)
         noise = jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), image.shape[1:]))(seeds)
         model, batch = network(config, graphdef, weights), Batch(image, text_emb, text_mask)
-        return loss_at(model, batch, noise, t, schedule, config.prediction)
+        return squared_error(model, batch, noise, t, schedule, config.prediction)
 
     return losses
 

@@ -14,7 +14,8 @@ FLOORS = [  # from the ground up; a module may import from lower floors only
     {"guidance", "dataloader", "sources.emojis"},
     {"sampling", "ema"},
     {"training", "pipeline"},
-    {"evaluation", "run"},
+    {"evaluation"},
+    {"run"},
     {"train", "test", "evaluate", "prepare_dataset"},
 ]
 FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}

@@ -28,7 +28,7 @@ from text_encoder import TextEncoder
 def trained(tiny, tmp_path_factory):
     """A checkpoint whose weights are random, so that words and seeds both matter."""
     encoder = TextEncoder(tiny.encoder)
-    state = training.init(tiny, encoder.dim, jax.random.key(0))
+    state = training.init_state(tiny, encoder.dim, jax.random.key(0))
     random = np.random.default_rng(0)
 
     def noise(weights):
@@ -141,7 +141,7 @@ def test_threads_may_draw_at_once(drawer, tmp_path):
 def test_guidance_of_one_is_no_guidance_and_needs_no_second_evaluation(drawer, monkeypatch):
     sampling_module.build_sampler.cache_clear()
     drawer = DiffusionPipeline.from_weights(
-        drawer.config, drawer.encoder, training.structure(drawer.config, 384), drawer.weights
+        drawer.config, drawer.encoder, training.graphdef(drawer.config, 384), drawer.weights
     )
     rows, call = [], sampling_module.nnx.merge
     monkeypatch.setattr(
@@ -178,7 +178,7 @@ def test_another_guidance_seed_prompt_or_eta_compiles_nothing(drawer, monkeypatc
 def test_drawing_is_a_solver_over_guided_and_thresholded_estimates(drawer, tiny, prediction):
     """The drawing function against its parts, put together by hand for one picture."""
     text, mask = map(jnp.asarray, drawer.encoder(["red disc", ""], tiny.TEXT_LEN))
-    graphdef = training.structure(tiny, drawer.encoder.dim)
+    graphdef = training.graphdef(tiny, drawer.encoder.dim)
     model = nnx.merge(graphdef, nnx.State(drawer.weights))
     schedule = schedules.cosine(tiny.T)
     convert = {"eps": schedules.denoised_from_eps, "v": schedules.denoised_from_v, "x0": lambda s, x, out, t: out}
@@ -269,7 +269,7 @@ def test_a_film_of_the_drawing_ends_with_the_picture(drawer, tiny):
     weights = jax.tree.map(lambda weight: 0.3 * weight, drawer.weights)  # estimates that are not all black and white
     calm = dataclasses.replace(tiny, prediction="x0")
     pipeline = DiffusionPipeline.from_weights(
-        calm, drawer.encoder, training.structure(tiny, drawer.encoder.dim), weights
+        calm, drawer.encoder, training.graphdef(tiny, drawer.encoder.dim), weights
     )
     film = pipeline.denoising("red disc", Sampling(steps=4, c=1), seed=3)
     assert len(film) == 5
@@ -397,8 +397,8 @@ def test_a_path_that_no_png_can_have_is_refused_before_drawing(drawer, tmp_path,
 
 def test_transparent_pictures_come_with_clean_alpha(trained, tiny, drawer):
     config = dataclasses.replace(tiny, CHANNELS=4)
-    graphdef = training.structure(config, drawer.encoder.dim)
-    weights = training.init(config, drawer.encoder.dim, jax.random.key(0)).weights
+    graphdef = training.graphdef(config, drawer.encoder.dim)
+    weights = training.init_state(config, drawer.encoder.dim, jax.random.key(0)).weights
     pipeline = DiffusionPipeline.from_weights(config, drawer.encoder, graphdef, weights)
     rgba = pipeline.generate_image("red disc", steps=3)
     assert rgba.mode == "RGBA"
