@@ -141,7 +141,7 @@ class Run:
 def start(
     config: Params, output: Path, newest: Path | None, encoder: TextEncoder, pictures: Pictures, track: tuple[str, ...]
 ) -> tuple[Run, TrainState]:
-    """The run and its state: new, or as the checkpoint `newest` left them. ValueError where that is of other data."""
+    """The run and its state: new, or as the checkpoint `newest` left them. CheckpointError where that is of other data."""
     shown, unseen = (dataset.side(pictures, heldout=side) for side in (False, True))
     graphdef = training.graphdef(config, encoder.dim)
     fast = {"xla_backend_optimization_level": 0}  # to compile, as it runs only once
@@ -160,9 +160,8 @@ def start(
         saved = checkpoint.about(newest)
         for part in ("encoder", "dataset"):
             if saved[part] != about[part]:
-                raise checkpoint.CheckpointError(
-                    f"--resume: the {part} of {newest} was {saved[part]}, now {about[part]}"
-                )
+                what = f"the {part} of {newest} was {saved[part]}, now it is {about[part]}"
+                raise checkpoint.CheckpointError(f"--resume: {what}; train a new run with --output FOLDER")
         step, seconds = saved["step"], saved["seconds"]
         restored = checkpoint.restore(newest, training.to_checkpoint(state))
         state = parallel.replicate(training.from_checkpoint(restored))

@@ -184,10 +184,12 @@ def train(options: Options) -> str | None:
         source.close()
 
     # End
+    path = run.save(state, "stopped" if stopped_by else "final", now=True)
+    grid = None if stopped_by else run.sample(state, "final")
+    if run.log:
+        run.log.close()
     if stopped_by:
-        path = run.save(state, "stopped", now=True)
         return f"{stopped_by}; {path} written. Go on: {command_to_resume()}"
-    grid, path = run.sample(state, "final"), run.save(state, "final", now=True)
     print(f"{path} and {grid} written. Next: python test.py --checkpoint {path}")
 
 
