@@ -23,7 +23,7 @@ from tqdm import tqdm
 import dataloader
 import parallel
 import training
-from dataset import DatasetError, Pictures, only
+from dataset import DatasetError, Pictures, select
 from evaluation import heldout, metrics
 from evaluation.scores import shuffled, spread
 from params import Params, Sampling
@@ -104,7 +104,7 @@ def pick(images: UInt8[np.ndarray, "n h w c"], captions: Sequence[str], most: in
 def self_test(config: Params, pictures: Pictures, encoder: TextEncoder, *, seconds: float = SECONDS) -> Verdict:
     """Learn a few of the pictures by heart, and judge; DatasetError where there are fewer than two to tell apart."""
     start = time.perf_counter()
-    pictures = only(pictures, pick(pictures.images, pictures.names))
+    pictures = select(pictures, pick(pictures.images, pictures.names))
     images, captions, n = pictures.images, pictures.names, len(pictures.names)
     if n < 2:
         raise DatasetError(

@@ -63,7 +63,7 @@ def test_a_network_that_stands_still_fails_early(tiny, pictures, encoder):
 
 
 def test_no_time_is_no_verdict(tiny, pictures, encoder):
-    verdict = self_test(tiny, dataset.only(pictures, [0, 1]), encoder, seconds=0)
+    verdict = self_test(tiny, dataset.select(pictures, [0, 1]), encoder, seconds=0)
     assert (verdict.outcome, verdict.evidence.pictures, verdict.evidence.steps) == ("UNDECIDED", 2, 0)
     assert "only 0 steps fit" in verdict.why
     assert "quick --self_test" in verdict.why
