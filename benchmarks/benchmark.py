@@ -11,8 +11,8 @@
 Everything in one run. Rounds of all that is timed alternate and medians are reported, for a step's ratios those of
 rounds of their own, so that a machine whose speed drifts bends no ratio. FLOPs are those of matrix products and
 convolutions, counted in the program (count.py): a multiply-add is two, a tap on the padding counts. A convolution
-counts as it is written, as the peer's do, also where a CPU gets by with fewer multiplications (kernels.py): the share that
-it is left with is `arithmetic_over_counted`. The numbers go to benchmarks/benchmark.json.
+counts as it is written, as the peer's do, also where a CPU gets by with fewer multiplications (kernels.py): the share
+that it is left with is `arithmetic_over_counted`. The numbers go to benchmarks/benchmark.json.
 """
 
 import argparse

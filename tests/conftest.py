@@ -23,6 +23,8 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
+if os.environ["JAX_PLATFORMS"] != "cpu":
+    jax.config.update("jax_default_matmul_precision", "highest")  # float32 that is not TF32, as tolerances expect
 
 TYPED = ["augmentation", "ema", "dataloader", "dataset", "guidance", "kernels", "model", "parallel", "samplers"]
 TYPED += ["sampling", "schedule", "text_encoder", "training"]
