@@ -141,7 +141,7 @@ class Run:
 def start(
     config: Params, output: Path, newest: Path | None, encoder: TextEncoder, pictures: Pictures, track: tuple[str, ...]
 ) -> tuple[Run, TrainState]:
-    """The run and its state: new, or as the checkpoint `newest` left them. CheckpointError where that is of other data."""
+    """The run and its state, new or as `newest` left them; raises CheckpointError where that is of other data."""
     shown, unseen = (dataset.side(pictures, heldout=side) for side in (False, True))
     graphdef = training.graphdef(config, encoder.dim)
     fast = {"xla_backend_optimization_level": 0}  # to compile, as it runs only once
