@@ -58,7 +58,7 @@ def tiny(shapes):
 
     return Params(
         data=str(shapes), vendor="Mine", encoder="sentence-transformers/all-MiniLM-L6-v2", TEXT_LEN=7, H=8, W=12,
-        T=50, T_dim=6, T_out=10, BASE_DIM=8, DIM_MULTS=(1, 2), BLOCKS=1, self_attention=(1,), cross_attention=(1,),
+        T=50, T_dim=6, T_out=10, BASE_DIM=8, DIM_MULTS=(1,), BLOCKS=1, self_attention=(), cross_attention=(0,),
         HEAD_DIM=4, B=3, epochs=2, warmup=2, learning_rate=1e-2, ema_short=0.1, ema_long=0.2,
         log_every=2, sample_every=1, save_every=1,
     )  # fmt: skip

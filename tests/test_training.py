@@ -20,12 +20,6 @@ ROWS = dataloader.Rows(np.int32([[3, 1, 6], [0, 5, 2], [4, 4, 1], [6, 0, 3]]), n
 
 
 @pytest.fixture(scope="module")
-def small(tiny):
-    """The smallest network: what is tested here is the step around it, and each variant of it must be compiled."""
-    return dataclasses.replace(tiny, DIM_MULTS=(1,), self_attention=(), cross_attention=(0,))
-
-
-@pytest.fixture(scope="module")
 def data():
     """Seven pictures with a caption each; row 0 of the captions is the empty one."""
     keys = jax.random.split(jax.random.key(1), 2)
@@ -73,39 +67,39 @@ def near(a, b, share=1e-3):
     assert jnp.linalg.norm(a - b) <= share * jnp.linalg.norm(b)
 
 
-def test_stopping_and_going_on_equals_not_stopping(small, data, tmp_path):
-    whole, _ = take(small, fresh(small), data, 4)
-    half, _ = take(small, fresh(small), data, 2)
+def test_stopping_and_going_on_equals_not_stopping(tiny, data, tmp_path):
+    whole, _ = take(tiny, fresh(tiny), data, 4)
+    half, _ = take(tiny, fresh(tiny), data, 2)
     items = training.to_checkpoint(half)
     checkpoint.save(tmp_path / "epoch1", items, about={"step": 2})
     resumed = training.from_checkpoint(checkpoint.restore(checkpoint.newest(tmp_path), items))
-    resumed, _ = take(small, parallel.replicate(resumed), data, 2, step=2)
+    resumed, _ = take(tiny, parallel.replicate(resumed), data, 2, step=2)
     same(whole._replace(metrics=()), resumed._replace(metrics=()))
 
 
-def test_the_step_is_traced_once(small, data, monkeypatch):
+def test_the_step_is_traced_once(tiny, data, monkeypatch):
     traces, batch = [], dataloader.batch
     monkeypatch.setattr(dataloader, "batch", lambda *a: traces.append(1) or batch(*a))
-    step, state = training.build_train_step(small, training.graphdef(small, TEXT_DIM)), fresh(small)
+    step, state = training.build_train_step(tiny, training.graphdef(tiny, TEXT_DIM)), fresh(tiny)
     for number in range(3):
         state, _ = step(state, data, rows(number), KEY)
         state = state._replace(metrics=parallel.replicate(training.zero_metrics()))
     assert len(traces) == 1
 
 
-def test_several_steps_in_one_program_equal_as_many_by_themselves(small, data):
-    apart, loss = take(small, fresh(small), data, 3)
-    at_once, last_loss = build(small)(fresh(small), data, rows(0, 3), KEY)
+def test_several_steps_in_one_program_equal_as_many_by_themselves(tiny, data):
+    apart, loss = take(tiny, fresh(tiny), data, 3)
+    at_once, last_loss = build(tiny)(fresh(tiny), data, rows(0, 3), KEY)
     np.testing.assert_allclose(last_loss, loss, rtol=1e-3)
     assert int(at_once.step) == 3
     near(at_once.metrics.loss, apart.metrics.loss)
     near(at_once.opt_state, apart.opt_state)
 
 
-def test_a_batch_without_rows_is_taken_as_it_is(small, data):
+def test_a_batch_without_rows_is_taken_as_it_is(tiny, data):
     chosen = jax.tree.map(lambda part: part[0], rows(0))
-    one, loss = build(small)(fresh(small), data, rows(0), KEY)
-    other, same_loss = build(small)(fresh(small), dataloader.gather(data, chosen), None, KEY)
+    one, loss = build(tiny)(fresh(tiny), data, rows(0), KEY)
+    other, same_loss = build(tiny)(fresh(tiny), dataloader.gather(data, chosen), None, KEY)
     np.testing.assert_allclose(loss, same_loss, rtol=1e-4)
     near(one.opt_state, other.opt_state)
 
@@ -114,55 +108,55 @@ def poisoned(data):
     return data._replace(text_emb=jnp.full_like(data.text_emb, jnp.nan))
 
 
-def test_a_step_that_is_not_finite_changes_no_weight_and_is_counted(small, data):
-    before = fresh(small)
-    after, loss = take(small, fresh(small), poisoned(data), 1)
+def test_a_step_that_is_not_finite_changes_no_weight_and_is_counted(tiny, data):
+    before = fresh(tiny)
+    after, loss = take(tiny, fresh(tiny), poisoned(data), 1)
     assert not jnp.isfinite(loss)
     same((before.weights, before.opt_state), (after.weights, after.opt_state))
     assert (int(after.metrics.skipped), int(after.metrics.streak), int(after.step)) == (1, 1, 1)
-    after, _ = take(small, after, poisoned(data), 1, step=1)
+    after, _ = take(tiny, after, poisoned(data), 1, step=1)
     assert (int(after.metrics.skipped), int(after.metrics.streak)) == (2, 2)
     after = after._replace(metrics=parallel.replicate(training.zero_metrics(2)))
-    after, _ = take(small, after, poisoned(data), 1, step=2)
+    after, _ = take(tiny, after, poisoned(data), 1, step=2)
     assert (int(after.metrics.skipped), int(after.metrics.streak)) == (1, 3)
-    healed, _ = take(small, after, data, 1, step=3)
+    healed, _ = take(tiny, after, data, 1, step=3)
     assert (int(healed.metrics.skipped), int(healed.metrics.streak), float(healed.metrics.count.sum())) == (
         1,
         0,
-        small.B,
+        tiny.B,
     )
 
 
-def test_the_loss_and_its_gradient_are_those_of_equation_14(small, data):
+def test_the_loss_and_its_gradient_are_those_of_equation_14(tiny, data):
     """The jitted step against its parts, written out; AdamW's first update is the sign of the gradient, so of that."""
-    state, graphdef, schedule = fresh(small), training.graphdef(small, TEXT_DIM), schedules.cosine(small.T)
+    state, graphdef, schedule = fresh(tiny), training.graphdef(tiny, TEXT_DIM), schedules.cosine(tiny.T)
     image = dataloader.to_float(data.images[ROWS.images[0]])
     text_emb, text_mask = data.text_emb[ROWS.captions[0]], data.text_mask[ROWS.captions[0]]
 
     def objective(weights):
         model = training.nnx.merge(graphdef, training.nnx.State(weights))
         t_key, noise_key, _, _ = jax.random.split(jax.random.fold_in(KEY, 0), 4)
-        t = jax.random.randint(t_key, (small.B,), 1, small.T + 1)
+        t = jax.random.randint(t_key, (tiny.B,), 1, tiny.T + 1)
         noise = jax.random.normal(noise_key, image.shape)
         mixed = schedule.alpha[t][:, None, None, None] * image + schedule.sigma[t][:, None, None, None] * noise
         return jnp.mean((model(mixed, t, text_emb, text_mask) - noise) ** 2)
 
     loss, gradient = jax.jit(jax.value_and_grad(objective))(state.weights)
     assert 0.8 < loss < 1.2  # the network starts as zero, the noise has unit variance
-    after, jitted_loss = take(small, state, data, 1)
+    after, jitted_loss = take(tiny, state, data, 1)
     np.testing.assert_allclose(jitted_loss, loss, rtol=1e-4)
-    clipped, _ = optax.clip_by_global_norm(small.clip).update(gradient, optax.EmptyState())
+    clipped, _ = optax.clip_by_global_norm(tiny.clip).update(gradient, optax.EmptyState())
     near(optax.tree.get(after.opt_state, "mu"), jax.tree.map(lambda leaf: 0.1 * leaf, clipped))  # 1 - beta1
     np.testing.assert_allclose(after.metrics.grad_norm, optax.tree.norm(gradient), rtol=1e-3)
 
 
 @pytest.mark.parametrize("no_op", [{"augmentation": 1e-12, "dropout": 1e-12}, {"loss_weight": "min_snr"}], ids=str)
-def test_options_at_their_no_op_value_leave_a_step_as_it_is_without_them(small, data, no_op, monkeypatch):
+def test_options_at_their_no_op_value_leave_a_step_as_it_is_without_them(tiny, data, no_op, monkeypatch):
     """A network that is told of no change and drops nothing; the noise weighed by min(SNR, γ) / SNR with a vast γ."""
     monkeypatch.setattr(training, "SNR_GAMMA", 1e9)
-    plain, loss = take(small, fresh(small), data, 1)
-    config = dataclasses.replace(small, **no_op)
-    weights = {**start(config).weights, **start(small).weights}  # but for the layer that learns of augmentation
+    plain, loss = take(tiny, fresh(tiny), data, 1)
+    config = dataclasses.replace(tiny, **no_op)
+    weights = {**start(config).weights, **start(tiny).weights}  # but for the layer that learns of augmentation
     state = fresh(config)._replace(weights=jax.tree.map(jnp.copy, weights))
     found, found_loss = build(config)(state, data, rows(0), KEY)
     np.testing.assert_allclose(found_loss, loss, rtol=1e-4)
@@ -174,8 +168,8 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize("prediction", ["v", pytest.param("eps", marks=SLOW), pytest.param("x0", marks=SLOW)])
-def test_one_batch_can_be_learned(small, data, prediction):
-    config = dataclasses.replace(small, prediction=prediction, B=5, learning_rate=5e-3, BASE_DIM=16)
+def test_one_batch_can_be_learned(tiny, data, prediction):
+    config = dataclasses.replace(tiny, prediction=prediction, B=5, learning_rate=5e-3, BASE_DIM=16)
     few = data._replace(images=data.images[:1] // 64 * 64)
     state, losses, zeros = fresh(config), [], dataloader.Rows(*np.zeros((2, 1, 5), np.int32))
     for _ in range(150):
@@ -184,20 +178,20 @@ def test_one_batch_can_be_learned(small, data, prediction):
     assert np.mean(losses[-10:]) < 0.35 * np.mean(losses[:10])
 
 
-def test_metrics_sort_the_loss_by_noise_level(small, data):
-    state, total = fresh(small), 0.0
+def test_metrics_sort_the_loss_by_noise_level(tiny, data):
+    state, total = fresh(tiny), 0.0
     for step in range(5):
-        state, loss = take(small, state, data, 1, step=step)
-        total += float(loss) * small.B
-    assert float(state.metrics.count.sum()) == 5 * small.B
+        state, loss = take(tiny, state, data, 1, step=step)
+        total += float(loss) * tiny.B
+    assert float(state.metrics.count.sum()) == 5 * tiny.B
     np.testing.assert_allclose(state.metrics.loss.sum(), total, rtol=1e-4)
     assert float(state.metrics.grad_norm) > 0
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
-def test_min_snr_weighs_the_error_of_the_clean_image_alike_for_every_prediction(small, prediction):
+def test_min_snr_weighs_the_error_of_the_clean_image_alike_for_every_prediction(tiny, prediction):
     """The loss of a wrong estimate of the image, made from that estimate in each prediction's own terms."""
-    config = dataclasses.replace(small, prediction=prediction, loss_weight="min_snr")
+    config = dataclasses.replace(tiny, prediction=prediction, loss_weight="min_snr")
     schedule, t = schedules.from_config(config), jnp.array([1, 7, 20, 33, 49])
     keys = jax.random.split(jax.random.key(3), 3)
     image, noise, wrong = (jax.random.normal(key, (5, 2, 3, 1)) for key in keys)
@@ -214,8 +208,8 @@ def test_min_snr_weighs_the_error_of_the_clean_image_alike_for_every_prediction(
     np.testing.assert_allclose(training.loss_weight(schedule, t, config) * losses, expected, rtol=2e-3)
 
 
-def test_accumulation_equals_the_large_batch(small, data):
-    config = dataclasses.replace(small, B=6, loss_weight="min_snr", augmentation=0.5)
+def test_accumulation_equals_the_large_batch(tiny, data):
+    config = dataclasses.replace(tiny, B=6, loss_weight="min_snr", augmentation=0.5)
     six, after = dataloader.Rows(*np.int32([[[3, 1, 6, 0, 2, 5]], [[4, 0, 7, 1, 3, 0]]])), []
     for parts in (1, 3):
         split = dataclasses.replace(config, accumulate=parts)
@@ -225,13 +219,13 @@ def test_accumulation_equals_the_large_batch(small, data):
         near(one, other)
 
 
-def test_the_learning_rate_rises_then_falls_to_zero_after_the_last_step(small):
+def test_the_learning_rate_rises_then_falls_to_zero_after_the_last_step(tiny):
     for decay, half_way, last in (("constant", 0.1, 0.1), ("cosine", 0.05, 0), ("linear", 0.05, 0)):
-        rate = training.learning_rate(dataclasses.replace(small, warmup=10, learning_rate=0.1, decay=decay), 110)
+        rate = training.learning_rate(dataclasses.replace(tiny, warmup=10, learning_rate=0.1, decay=decay), 110)
         np.testing.assert_allclose([rate(0), rate(4), rate(9), rate(10)], [0.01, 0.05, 0.1, 0.1], atol=1e-6)
         np.testing.assert_allclose([rate(60), rate(110)], [half_way, last], atol=1e-6)
         assert rate(109) > 0
-    assert training.learning_rate(dataclasses.replace(small, warmup=0, learning_rate=0.1), 110)(0) == pytest.approx(0.1)
+    assert training.learning_rate(dataclasses.replace(tiny, warmup=0, learning_rate=0.1), 110)(0) == pytest.approx(0.1)
 
 
 # Averages of the weights.
@@ -250,13 +244,13 @@ def test_an_average_keeps_its_length_as_a_share_of_the_run(length, every):
     np.testing.assert_allclose(np.sqrt((share * (place - mean) ** 2).sum()), length, rtol=0.05)
 
 
-def test_averages_depend_on_the_weights_that_entered_and_the_last_step_always_does(small):
+def test_averages_depend_on_the_weights_that_entered_and_the_last_step_always_does(tiny):
     weights = [{"w": jnp.float32(value)} for value in (5.0, -2.0, 1.0)]
-    update = ema.build_update(small)
+    update = ema.build_update(tiny)
     averages, expected = parallel.replicate(ema.start({"w": jnp.float32(9.0)})), 9.0
     for step, before, value in ((3, 0, weights[0]), (8, 3, weights[1]), (9, 8, weights[2])):
         averages = update(averages, value, jnp.int32(step))
-        kept = (before / step) ** (ema.gamma(small.ema_short) + 1)
+        kept = (before / step) ** (ema.gamma(tiny.ema_short) + 1)
         expected = kept * expected + (1 - kept) * float(value["w"])
         np.testing.assert_allclose(averages.short["w"], expected, rtol=1e-4)
     again = update(jax.tree.map(jnp.copy, averages), {"w": jnp.float32(77.0)}, jnp.int32(9))
@@ -264,8 +258,8 @@ def test_averages_depend_on_the_weights_that_entered_and_the_last_step_always_do
     assert abs(averages.long["w"] - averages.short["w"]) > 1e-3
 
 
-def test_after_one_step_the_averages_are_its_weights(small):
-    averages = ema.build_update(small)(
+def test_after_one_step_the_averages_are_its_weights(tiny):
+    averages = ema.build_update(tiny)(
         parallel.replicate(ema.start({"w": jnp.float32(9.0)})), {"w": jnp.float32(4.0)}, 1
     )
     assert (averages.short["w"], averages.long["w"]) == (4.0, 4.0)
