@@ -12,7 +12,7 @@ from params import Params
 
 TEXT_DIM = 6
 TINY = Params(
-    H=12, W=20, CHANNELS=4, PATCH=2, T_dim=4, T_out=10, BASE_DIM=8, DIM_MULTS=(1, 2), BLOCKS=1, HEAD_DIM=4,
+    H=12, W=20, CHANNELS=4, PATCH=2, T_dim=4, T_out=10, BASE_DIM=12, DIM_MULTS=(1, 2), BLOCKS=1, HEAD_DIM=4,
     self_attention=(1,), cross_attention=(0, 1), TEXT_LEN=5, B=3, dropout=0.5, augmentation=0.5,
 )  # fmt: skip
 VISIBLE = (2, 5, 3)  # tokens of each caption
@@ -140,10 +140,11 @@ def test_images_of_a_batch_do_not_see_each_other_nor_how_far_a_caption_is_padded
 
 
 def test_every_weight_has_a_gradient(model):
+    """More than rounding: groups of one channel would take the gradient from the bias of the convolution before."""
     graphdef, weights = nnx.split(model, nnx.Param)
     batch = *inputs(), jnp.ones((TINY.B, len(LABELS)))
     gradient = jax.jit(jax.grad(lambda w: jnp.sum(nnx.merge(graphdef, w)(*batch) ** 2)))(weights)
-    dead = [path for path, leaf in jax.tree.leaves_with_path(gradient) if not jnp.abs(leaf).max() > 0]
+    dead = [path for path, leaf in jax.tree.leaves_with_path(gradient) if not jnp.abs(leaf).max() > 1e-3]
     assert not dead
 
 
