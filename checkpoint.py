@@ -5,10 +5,10 @@
                           about                 JSON: configuration, encoder, schedule, dataset, prompts, epoch, step
                           checksums.json        SHA-256 of every other file, compared before anything is read
 
-Orbax copies the arrays and writes them in the background, into the folder `.unfinished`. Once complete, a checkpoint
-gets its checksums and moves to its name; one that has the name already waits in `.replaced` for that moment, and can be
-read there. So a kill at any time leaves the old or the new one whole, and the next save clears up. Of several processes
-the first one writes, and waits for no other.
+Orbax copies the arrays and writes them in the background, into the folder `.unfinished`. When all is written, the
+checkpoint gets its checksums and moves to its name. A checkpoint that had this name moves to `.replaced` for that
+moment and can be read there, so that a kill at any time leaves the old or the new one whole. The next save clears up.
+Of several processes only process 0 writes, and it waits for no other.
 """
 
 import json
@@ -59,13 +59,15 @@ class Saver(AbstractContextManager):
         self.wait()
 
     def save(self, path: Path, items: dict[str, dict], about: dict, *, now: bool = False) -> None:
-        """Copy the arrays, of which every device holds all, and start writing; `now`: finish, or raise why not."""
+        """Copy the arrays and start writing; with `now`, finish before this returns, and raise CheckpointError.
+
+        An array of several processes must lie whole on every device.
+        """
         self.wait()
         if jax.process_index() != 0:
             return
         path, orbax, fault = path.resolve(), _orbax(), None
-        local = jax.tree.map(lambda leaf: leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf, items)
-        trees = {name: ocp.args.StandardSave(tree) for name, tree in jax.device_get(local).items()}
+        trees = {name: ocp.args.StandardSave(tree) for name, tree in jax.device_get(items).items()}
         try:
             _tidy(path.parent)
             unfinished = path.parent / UNFINISHED / path.name
@@ -134,13 +136,17 @@ def _tidy(folder: Path) -> None:
 
 
 def _delete_before(path: Path, keep: int) -> None:
-    """Delete the epochs before `path` but for the last keep - 1; none where `path` is no epoch."""
-    epochs = {int(found.name[5:]): found for found in _named(path.parent) if found.name.startswith("epoch")}
-    before = [number for number in epochs if path in epochs.values() and number < int(path.name[5:])]
+    """Delete the epochs before `path` but for the last keep - 1; none where `path` is no epoch.
+
+    They leave their names first, so that a kill leaves no half of a checkpoint under one.
+    """
+    epochs = [found for found in _named(path.parent) if found.name.startswith("epoch")]
+    epochs.sort(key=lambda found: int(found.name[5:]), reverse=True)
+    before = epochs[epochs.index(path) + 1 :] if path in epochs else []
     with suppress(OSError):
-        for number in sorted(before, reverse=True)[keep - 1 :]:
+        for found in before[keep - 1 :]:
             (path.parent / UNFINISHED).mkdir(exist_ok=True)
-            epochs[number].rename(path.parent / UNFINISHED / epochs[number].name)  # cut off, it has no name
+            found.rename(path.parent / UNFINISHED / found.name)
         _tidy(path.parent)
 
 
