@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 import schedule as schedules
-from guidance import guide, inpaint, limit_to_interval, threshold
+from guidance import classifier_free, inpaint, limit_to_interval, threshold
 from images import to_bytes, to_float
 from model import network
 from params import Params
@@ -85,7 +85,7 @@ def build_sampler(
 
         denoise = positive
         if controls.guidance is not None:
-            denoise = guide(both, controls.guidance, controls.rescale)
+            denoise = classifier_free(both, controls.guidance, controls.rescale)
             if controls.interval is not None:
                 denoise = limit_to_interval(controls.interval, config.T, denoise, positive)
         denoise = threshold(denoise, controls.percentile)

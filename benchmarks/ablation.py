@@ -187,10 +187,8 @@ def measured_pace() -> dict[str, float]:
     running, times = {}, {name: [] for name in NETWORKS}
     for name, (_, sizes) in NETWORKS.items():
         config = dataclasses.replace(BASE, **sizes)
-        init_key, keys = training.streams(0)
-        state = training.init(config, made_up.TEXT_DIM, init_key)
-        step = training.build_train_step(config, training.structure(config, made_up.TEXT_DIM))
-        running[name] = [step, state, made_up.data(config, PICTURES), keys]
+        step = training.build_train_step(config, training.graphdef(config, made_up.TEXT_DIM))
+        running[name] = [step, *made_up.arguments(config, PICTURES)]
     for _ in range(12):
         for name, run in running.items():
             step, state, *inputs = run
@@ -217,7 +215,7 @@ def shown(run: Path) -> dict:
     everything = dataset.from_config(dataclasses.replace(config, MAX_INDEX=0))
     rows = np.flatnonzero(everything.heldout)
     text = dataloader.encode(encoder, [everything.names[row] for row in rows], config.TEXT_LEN)
-    losses = heldout.build_losses(config, training.structure(config, encoder.dim))
+    losses = heldout.build_losses(config, training.graphdef(config, encoder.dim))
     each = heldout.loss_per_level(losses, pipeline.weights, everything.images[rows], *text, T=config.T)
     error = np.log(heldout.in_velocity(each, config))
 
