@@ -1,22 +1,22 @@
-"""Checkpoints: everything that training goes on from and drawing needs, in one folder.
+"""Checkpoints: everything that sampling needs and training goes on from, in one folder, written and read by Orbax.
 
-    models_vA0/epoch10/   ema_short, ema_long   averaged weights; drawing reads one of them
+    models_vA0/epoch10/   ema_short, ema_long   averaged weights; a sampler reads one of them
                           train                 weights, optimizer state, step
                           about                 JSON: configuration, encoder, schedule, dataset, prompts, epoch, step
                           checksums.json        SHA-256 of every other file, compared before anything is read
 
-Weights are plain nested dicts of arrays, so that no file depends on the classes that made it. A checkpoint is written
-as `.epoch10.part` and takes its name when whole; one that had the name waits as `.epoch10.old` until then, and is read
-there: only writers rename and delete. Of several processes the first one writes, and none waits for another.
+Orbax copies the arrays and writes them in the background, into the folder `.unfinished`. When all is written, the
+checkpoint gets its checksums and moves to its name. A checkpoint that had this name moves to `.replaced` for that
+moment and can be read there, so that a kill at any time leaves the old or the new one whole. The next save clears up.
+Of several processes only process 0 writes, and it waits for no other.
 """
 
 import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import jax
@@ -27,137 +27,127 @@ from files import flush, sha256
 
 ITEMS = ("ema_short", "ema_long", "train", "about")
 NAMES = r"epoch\d+|final|stopped"  # of the checkpoints of a run
+UNFINISHED, REPLACED = ".unfinished", ".replaced"
 
-logging.getLogger("absl").setLevel(logging.CRITICAL)  # where Orbax raises an error, its threads log it several times
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs every error that it raises, some of them twice
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged, unlike or cannot be written; the message names the folder and what to do."""
-
-
-# Writing.
+    """A checkpoint is missing, damaged, of other shapes or cannot be written; the message says which and what to do."""
 
 
 def save(path: Path, items: dict[str, dict], about: dict) -> None:
-    """Write a folder of trees of arrays and one JSON; an older one of that name gives way only to a complete one.
+    """Write trees of arrays and one JSON; a checkpoint of that name is replaced once the new one is complete.
 
-    Raises CheckpointError where that fails, and leaves nothing behind. Only the first process writes.
+    Raises CheckpointError where that fails, and leaves nothing behind. Only process 0 writes.
     """
-    if jax.process_index() == 0:
-        _write(path.resolve(), _copied(items), about)
+    Saver().save(path, items, about, now=True)
 
 
-class Saver:
-    """Saves while training goes on: the arrays are copied at once, then written in the background, one save at a time.
+class Saver(AbstractContextManager):
+    """Saves in the background while training goes on, one checkpoint at a time.
 
-    A save that fails is said and leaves nothing behind. With keep = N, epoch M once written deletes the epochs before
-    it but for the last N - 1; 0 keeps all.
+    An error is told to `say` once the save is waited for: by the next save, by `wait` or at the end of the context.
+    With keep = N, epoch M once written deletes the epochs before it but for the last N - 1; 0 keeps all.
     """
 
     def __init__(self, keep: int = 0, say: Callable[[str], None] = print):
         self.keep, self.say = keep, say
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._in_flight: Future | None = None
-
-    def __enter__(self) -> "Saver":
-        return self
+        self._in_flight: tuple[Path, ocp.AsyncCheckpointer, Exception | None] | None = None
 
     def __exit__(self, *_) -> None:
-        self._thread.shutdown()
         self.wait()
 
     def save(self, path: Path, items: dict[str, dict], about: dict, *, now: bool = False) -> None:
-        """Like the function of that name, in the background; `now`: before this returns, and raising its errors."""
+        """Copy the arrays and start writing; with `now`, finish before this returns, and raise CheckpointError.
+
+        An array of several processes must lie whole on every device.
+        """
         self.wait()
+        if jax.process_index() != 0:
+            return
+        path, orbax, fault = path.resolve(), _orbax(), None
+        trees = {name: ocp.args.StandardSave(tree) for name, tree in jax.device_get(items).items()}
+        try:
+            _tidy(path.parent)
+            unfinished = path.parent / UNFINISHED / path.name
+            orbax.save(unfinished, args=ocp.args.Composite(about=ocp.args.JsonSave(about), **trees))
+        except Exception as error:
+            fault = error
+        self._in_flight = path, orbax, fault
         if now:
-            save(path, items, about)
-        elif jax.process_index() == 0:
-            self._in_flight = self._thread.submit(self._write, path.resolve(), _copied(items), about)
+            self._finish()
 
     def wait(self) -> None:
         """Until nothing is being written."""
-        if self._in_flight:
-            self._in_flight.result()
-
-    def _write(self, path: Path, items: dict[str, dict], about: dict) -> None:
         try:
-            _write(path, items, about)
-            if self.keep:
-                _delete_before(path, self.keep)
+            self._finish()
         except CheckpointError as error:
             self.say(f"{error}. Training goes on")
 
+    def _finish(self) -> None:
+        if self._in_flight is None:
+            return
+        (path, orbax, fault), self._in_flight = self._in_flight, None
+        try:
+            with orbax:
+                orbax.wait_until_finished()
+            if fault:
+                raise fault
+        except Exception as error:  # Orbax and TensorStore raise a dozen kinds where a disk is full
+            whole = None
+            with suppress(OSError, CheckpointError):
+                _tidy(path.parent)
+                whole = newest(path.parent)
+            raise CheckpointError(
+                f"{path} cannot be written: {_reason(error)}; see that there is room and that the folder may be "
+                f"written. Still whole: {whole or 'none'}"
+            ) from error
+        if self.keep:
+            _delete_before(path, self.keep)
 
-def _copied(items: dict[str, dict]) -> dict[str, dict]:
-    """Arrays of their own on the host: a training step gives the memory of its state away."""
 
-    def local(leaf):
-        if isinstance(leaf, jax.Array):
-            assert leaf.is_fully_replicated, "every device must hold all of an array that is saved"
-            return leaf.addressable_data(0)
-        return leaf
+class _Unfinished(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    """The folder that Orbax writes into; when Orbax is done, the checkpoint gets its checksums and its name."""
 
-    return jax.tree.map(np.array, jax.device_get(jax.tree.map(local, items)))  # all of them on the way at once
-
-
-def _write(path: Path, items: dict[str, dict], about: dict) -> None:
-    part, old = _beside(path)
-    saves = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _tidy(path)
-        with _orbax() as writer:
-            writer.save(part, args=ocp.args.Composite(about=ocp.args.JsonSave(about), **saves))
-        files = sorted(file for file in part.rglob("*") if file.is_file())
-        sums = {file.relative_to(part).as_posix(): sha256(file) for file in files}
-        (part / "checksums.json").write_text(json.dumps(sums, indent=1))
-        for written in (*part.rglob("*"), part):
+    async def finalize(self) -> None:
+        await super().finalize()
+        unfinished = Path(self.get_final())
+        path = unfinished.parent.parent / unfinished.name
+        sums = {name: sha256(unfinished / name) for name in _files(unfinished)}
+        (unfinished / "checksums.json").write_text(json.dumps(sums, indent=1))
+        for written in (*unfinished.rglob("*"), unfinished):
             flush(written)
         if path.exists():
-            path.rename(old)
-        part.rename(path)
+            (path.parent / REPLACED).mkdir(exist_ok=True)
+            path.rename(path.parent / REPLACED / path.name)
+        unfinished.rename(path)
         flush(path.parent)
-        _tidy(path)
-    except Exception as error:  # Orbax and TensorStore raise a dozen kinds where a disk is full
-        with suppress(OSError):
-            _tidy(path)
-        raise CheckpointError(
-            f"{path} cannot be written: {_reason(error)}; see that there is room and that the folder may be written. "
-            f"Still whole: {next(_whole(path.parent), 'none')}"
-        ) from error
+        _tidy(path.parent)
 
 
-def _beside(path: Path) -> tuple[Path, Path]:
-    """The names of what is not whole, not yet or no longer, and of what waits until another checkpoint is whole."""
-    return path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.old")
-
-
-def _tidy(path: Path) -> None:
-    """Clear away what saves and deletions left in this folder; a checkpoint that waits in vain gets its name back."""
-    for left in sorted(path.parent.glob(".*"), reverse=True):  # .part before .old
-        match = re.fullmatch(rf"\.({re.escape(path.name)}|{NAMES})\.(old|part.*)", left.name)
-        if match and match[2] == "old" and not path.with_name(match[1]).exists():
-            left.rename(path.with_name(match[1]))
-        elif match:
-            _delete(left, match[1])
-
-
-def _delete(folder: Path, name: str) -> None:
-    """Delete what was the checkpoint `name`; cut off, the rest does not look whole, and goes at the next save."""
-    part, _ = _beside(folder.with_name(name))
-    with suppress(OSError):
-        shutil.rmtree(folder.rename(part))
+def _tidy(folder: Path) -> None:
+    """Delete what saves left in a run's folder; a replaced checkpoint that got no successor takes its name back."""
+    for replaced in (folder / REPLACED).glob("*"):
+        if not (folder / replaced.name).exists():
+            replaced.rename(folder / replaced.name)
+    for left in (REPLACED, UNFINISHED):
+        shutil.rmtree(folder / left, ignore_errors=True)
 
 
 def _delete_before(path: Path, keep: int) -> None:
-    """Delete the epochs before `path` but for the last keep - 1; where `path` is no epoch, none."""
-    epochs = {found: int(found.name[5:]) for found in _named(path.parent) if found.name.startswith("epoch")}
-    before = [found for found in epochs if path in epochs and epochs[found] < epochs[path]]
-    for found in sorted(before, key=epochs.get, reverse=True)[keep - 1 :]:
-        _delete(found, found.name)
+    """Delete the epochs before `path` but for the last keep - 1; none where `path` is no epoch.
 
-
-# Reading.
+    They leave their names first, so that a kill leaves no half of a checkpoint under one.
+    """
+    epochs = [found for found in _named(path.parent) if found.name.startswith("epoch")]
+    epochs.sort(key=lambda found: int(found.name[5:]), reverse=True)
+    before = epochs[epochs.index(path) + 1 :] if path in epochs else []
+    with suppress(OSError):
+        for found in before[keep - 1 :]:
+            (path.parent / UNFINISHED).mkdir(exist_ok=True)
+            found.rename(path.parent / UNFINISHED / found.name)
+        _tidy(path.parent)
 
 
 def about(path: Path) -> dict:
@@ -168,7 +158,8 @@ def about(path: Path) -> dict:
 def restore(path: Path, like: dict[str, dict]) -> dict[str, dict]:
     """The items of a checkpoint that `like` names, in its structure, shapes and dtypes, on a device of this process.
 
-    Each process reads the shared folder by itself; `jax.device_put` then spreads the arrays over the devices of all.
+    The files know keys and fields, not classes: a NamedTuple may be restored as another one of the same fields.
+    Each process reads the shared folder by itself; `parallel.replicate` then lays the arrays on all devices.
     """
     host = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
     read = _read(path, {item: ocp.args.StandardRestore(tree) for item, tree in host.items()})
@@ -195,83 +186,87 @@ def newest(folder: Path) -> Path | None:
 
     None where there are no checkpoints, CheckpointError where none of them is whole.
     """
-    path = next(_whole(folder), None)
-    if path is None and (there := _named(folder)):
-        names = ", ".join(found.name for found in there)
-        raise CheckpointError(f"{folder} holds no whole checkpoint: move {names} away, or use another folder")
-    return path
-
-
-def _whole(folder: Path) -> Iterator[Path]:
     for path in reversed(checkpoints(folder)):
         try:
-            _verified(path, ITEMS)
+            _verify(_located(path)[0], ITEMS)
         except CheckpointError as fault:
             print(f"passed over: {fault}")
         else:
-            yield path
+            return path
+    if names := ", ".join(path.name for path in _named(folder)):
+        raise CheckpointError(f"{folder} holds no whole checkpoint: move {names} away, or use another folder")
+    return None
 
 
 def _named(folder: Path) -> list[Path]:
     """The names under which a run's checkpoints can be read."""
-    found = {re.sub(r"^\.(.+)\.old$", r"\1", path.name) for path in folder.glob("*")}
-    return [folder / name for name in sorted(found) if re.fullmatch(NAMES, name)]
+    names = {path.name for path in (*folder.glob("*"), *folder.glob(f"{REPLACED}/*"))}
+    return [folder / name for name in sorted(names) if re.fullmatch(NAMES, name)]
+
+
+def _located(path: Path) -> tuple[Path, bytes]:
+    """Where a checkpoint lies, and its checksums.json, which differs from that of any other checkpoint."""
+    replaced = path.parent / REPLACED / path.name
+    folder = replaced if replaced.exists() and not path.exists() else path
+    with suppress(OSError):
+        return folder, (folder / "checksums.json").read_bytes()
+    return folder, b""
 
 
 def _read(path: Path, items: dict) -> dict:
-    """What Orbax reads, once the files are found whole; again where a trainer has replaced them meanwhile."""
-    path = path.resolve()
-    before = _lies(path)
+    """What Orbax reads from files found whole; once more where a trainer has replaced them meanwhile."""
+    before, fault = _located(path := path.resolve()), None
     try:
-        folder = _verified(path, items)
-        with _orbax() as reader:
-            read = reader.restore(folder, args=ocp.args.Composite(**items))
-            return {item: read[item] for item in items}
+        _verify(before[0], items)
+        with _orbax() as orbax:
+            read = orbax.restore(before[0], args=ocp.args.Composite(**items))
+    except CheckpointError as error:
+        fault = error
     except Exception as error:  # Orbax and TensorStore raise a dozen kinds where the arrays are others
-        if _lies(path) != before:
-            return _read(path, items)
-        if isinstance(error, CheckpointError):
-            raise
-        fault = f"{', '.join(items)} cannot be read: {_reason(error)}"
-        raise CheckpointError(f"{path}: {fault}; take another one") from error
+        fault = CheckpointError(f"{path}: {', '.join(items)} cannot be read: {_reason(error)}; take another one")
+    if _located(path) != before:
+        return _read(path, items)
+    if fault:
+        raise fault
+    return {item: read[item] for item in items}
 
 
-def _lies(path: Path) -> tuple[Path, int | None]:
-    """Where a checkpoint lies, and the folder's number on the disk: what takes its place has another one."""
-    _, old = _beside(path)
-    folder = old if not path.exists() and old.exists() else path
-    with suppress(OSError):
-        return folder, folder.stat().st_ino
-    return folder, None
-
-
-def _verified(path: Path, items: Iterable[str]) -> Path:
-    """Where a checkpoint lies in which all files of these items, and of `about`, are as they were written."""
-    folder, number = _lies(path)
+def _verify(folder: Path, items: Iterable[str]) -> None:
+    """Raise CheckpointError unless every file of a checkpoint, other items left out, is as it was written."""
     inside = _named(folder)
-    if number is None or inside:
-        there = ", ".join(map(str, inside or _named(path.parent)))
+    if inside or not folder.exists():
+        there = ", ".join(map(str, inside or _named(folder.parent)))
         hint = f"there are {there}" if there else "train one: python train.py quick"
-        raise CheckpointError(f"no checkpoint at {path}; {hint}")
+        raise CheckpointError(f"no checkpoint at {folder}; {hint}")
+    others = set(ITEMS) - {*items, "about"}
     try:
         sums = json.loads((folder / "checksums.json").read_text())
-        asked = [name for name in sums if "/" not in name or name.partition("/")[0] in {*items, "about"}]
-        altered = [name for name in asked if sha256(folder / name) != sums[name]]
-        fault = f"{', '.join(altered)} changed after writing" if altered else ""
+        names = [name for name in sorted({*sums, *_files(folder)}) if name.partition("/")[0] not in others]
+        altered = [name for name in names if sha256(folder / name) != sums.get(name)]
+        fault = f"not as checksums.json says: {', '.join(altered[:3])}" if altered else ""
     except OSError as error:
         fault = _reason(error)
-    except ValueError:
+    except (ValueError, TypeError, AttributeError):
         fault = "checksums.json cannot be understood"
     if fault:
-        raise CheckpointError(f"{path} is not whole: {fault}; take another one")
-    return folder
+        raise CheckpointError(f"{folder} is not whole: {fault}; take another one")
 
 
-def _orbax() -> ocp.Checkpointer:
-    """Reads and writes for this process alone."""
-    alone = ocp.options.MultiprocessingOptions(jax.process_index(), {jax.process_index()})
-    handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=alone))
-    return ocp.Checkpointer(handler, multiprocessing_options=alone)
+def _files(folder: Path) -> list[str]:
+    """All files of a checkpoint but checksums.json."""
+    files = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+    return sorted(name for name in files if name != "checksums.json")
+
+
+def _orbax() -> ocp.AsyncCheckpointer:
+    """Writes and reads for this process alone."""
+    options = {
+        "multiprocessing_options": ocp.options.MultiprocessingOptions(jax.process_index(), {jax.process_index()}),
+        # made in the background, a folder that fails leaves threads waiting for it, and the program, for five minutes
+        "async_options": ocp.AsyncOptions(create_directories_asynchronously=False),
+    }
+    handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(**options))
+    return ocp.AsyncCheckpointer(handler, temporary_path_class=_Unfinished, **options)
 
 
 def _reason(error: Exception) -> str:

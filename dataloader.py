@@ -1,63 +1,64 @@
-"""From a dataset to batches: pictures and encoded captions live on the device, a batch is a function of the step.
+"""From pictures and captions to batches.
 
-The whole set stays on the device as uint8 pictures and token embeddings, encoded once by the frozen text encoder. A
-batch takes three steps, so that `stream` can do the second one from the disk:
+Captions are encoded once by the frozen text encoder and kept on the disk. What a step shows is decided on the host,
+from the seed and the step alone, so that a run can go on at any step and nothing about the data has to be saved:
 
-    choices    which pictures and which of their captions a step shows, from the seed and the step alone
-    gather     these pictures and captions
-    finish     some captions replaced by the empty one, pictures as floats
+    rows      which pictures, and which of their captions; row 0 of the captions is the empty one
+    gather    these rows, from arrays on the device or from files on the disk
+    batch     the bytes as floats in [-1, 1]
 
-An epoch is one pass over the concepts, the rows of the CSV, in an order of its own. The order is never laid out: which
-concept comes at a place costs as much in a set of a hundred as in one of a million. Where several vendors draw a
-concept they take turns from pass to pass, so that each is seen equally often, and a concept that all of them draw no
-oftener than one that a single one draws. Nothing has to be saved to go on where a run stopped.
+An epoch is one pass over the concepts, the rows of the CSV, in an order of its own: one NumPy permutation from (seed,
+pass). Where several vendors have a picture of a concept, they take turns from pass to pass. A caption may be replaced
+by the empty one, which teaches the network to work without a caption, as guidance needs (Ho & Salimans 2022), or by
+another one made from keywords.
 """
 
+import hashlib
 import json
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import lru_cache
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key, UInt8, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 import dataset
-from dataset import Pictures
-from files import cached
+import files
+import parallel
+from dataset import DatasetError, Pictures
 from images import to_float
 from params import Params
-from text_encoder import TextEncoder
+from text_encoder import CHUNK, TextEncoder
 
-ROUNDS = 32  # of a shuffle: a place takes part in no swap with probability 2^-32; after one it may be anywhere
-NO_PASS = 2**32 - 1  # folded into the order's key for what is not the order of a pass
+PASS, STEP = 0, 1  # second word of the seeds: an order of the concepts, the choices of a step
+AHEAD = 4  # batches that are read from the disk before they are needed
+PART = 64 * CHUNK  # captions encoded and written together
 
 
-class Index(NamedTuple):
-    """Which rows belong together; what has fewer than the most is filled up with -1."""
+class Table(NamedTuple):
+    """Which rows belong together; shorter rows are filled up with -1."""
 
-    pictures: Int[Array, "concepts vendors"]  # of each concept
-    captions: Int[Array, "n texts"]  # of each picture: its own one, then the variants
+    pictures: Int[np.ndarray, "concepts vendors"]  # of each concept
+    captions: Int[np.ndarray, "n texts"]  # of each picture: its own caption, then the variants
 
 
 class Data(NamedTuple):
-    """A dataset on the device."""
+    """Pictures and encoded captions: of the whole set, or of one batch."""
 
     images: UInt8[Array, "n h w c"]
     text_emb: Float[Array, "m l d"]
     text_mask: Bool[Array, "m l"]
-    null_emb: Float[Array, "l d"]  # the empty caption: what guidance steers away from
-    null_mask: Bool[Array, "l"]
-    index: Index
 
 
-class Picked(NamedTuple):
-    """The pictures and captions of one step."""
+class Rows(NamedTuple):
+    """Which pictures and captions of a `Data` each of n steps shows."""
 
-    images: UInt8[Array, "b h w c"]
-    text_emb: Float[Array, "b l d"]
-    text_mask: Bool[Array, "b l"]
-    null_emb: Float[Array, "l d"]
-    null_mask: Bool[Array, "l"]
+    images: Int[Array, "n B"]
+    captions: Int[Array, "n B"]
 
 
 class Batch(NamedTuple):
@@ -66,146 +67,184 @@ class Batch(NamedTuple):
     text_mask: Bool[Array, "b l"]
 
 
-def encode(
-    encoder: TextEncoder, texts: list[str], length: int
-) -> tuple[Float[np.ndarray, "n l d"], Bool[np.ndarray, "n l"]]:
-    """Token embeddings and masks of many captions, computed once and kept on disk under a hash of all that matters."""
-    recipe = json.dumps([encoder.identity, length, texts])
-    arrays = cached("captions", recipe, lambda: dict(zip(("emb", "mask"), encoder(texts, length), strict=True)))
-    return arrays["emb"], arrays["mask"]
+# What a step shows.
 
 
-def load(pictures: Pictures, encoder: TextEncoder, config: Params) -> Data:
-    """Put pictures and their encoded captions on the device, cut to the tokens that the longest caption has."""
-    texts, index = captions(pictures, config.caption_variants)
-    text_emb, text_mask = encode(encoder, ["", *texts], config.TEXT_LEN)
-    length = enough(text_mask)
-    text_emb, text_mask = text_emb[:, :length], text_mask[:, :length]
-    captioned = jax.tree.map(jnp.asarray, (text_emb[1:], text_mask[1:], text_emb[0], text_mask[0], index))
-    return Data(jax.device_put(pictures.images), *captioned)  # on a CPU not copied, if `dataset.load` laid them out
-
-
-def captions(pictures: Pictures, caption_variants: float) -> tuple[list[str], Index]:
-    """Every caption that training may show, and the tables that say whose it is; raises as `dataset.variants`."""
-    texts, own = list(pictures.names), [[row] for row in range(len(pictures.names))]
+def table(pictures: Pictures, caption_variants: float) -> tuple[Table, list[str]]:
+    """The table of a set, and all texts, the empty one first; raises as `dataset.variants`."""
+    texts, captions = ["", *pictures.names], [[1 + row] for row in range(len(pictures.names))]
     if caption_variants:
-        for row, others in zip(own, dataset.variants(pictures), strict=True):
-            row += range(len(texts), len(texts) + len(others))
+        for own, others in zip(captions, dataset.variants(pictures), strict=True):
+            own += range(len(texts), len(texts) + len(others))
             texts += others
     concepts = {}
     for row, index in enumerate(pictures.indexes):
         concepts.setdefault(index, []).append(row)
-    return texts, Index(_table(concepts.values()), _table(own))
+
+    def filled_up(rows: list[list[int]]) -> Int[np.ndarray, "n most"]:
+        most = max(map(len, rows))
+        return np.array([[*row, *[-1] * (most - len(row))] for row in rows], np.int32)
+
+    return Table(filled_up(list(concepts.values())), filled_up(captions)), texts
 
 
-def _table(rows) -> Int[np.ndarray, "n most"]:
-    most = max(map(len, rows))
-    return np.array([[*row, *[-1] * (most - len(row))] for row in rows], np.int32)
+@lru_cache(4)
+def permutation(seed: int, number: int, n: int) -> Int[np.ndarray, "n"]:
+    """The order of n concepts in one pass."""
+    return np.random.default_rng((seed, PASS, number)).permutation(n)
 
 
-def one_each(n: int) -> Index:
-    """The tables of n pictures that have a concept and a caption each."""
-    return Index(jnp.arange(n)[:, None], jnp.arange(n)[:, None])
+def rows_at(table: Table, step: int, config: Params) -> tuple[Int[np.ndarray, "B"], Int[np.ndarray, "B"]]:
+    """The pictures and the captions of one step, as rows."""
+    n = len(table.pictures)
+    passes, places = np.divmod(step * config.B + np.arange(config.B), n)
+    concepts = np.empty(config.B, int)
+    for number in np.unique(passes):
+        concepts[passes == number] = permutation(config.seed, int(number), n)[places[passes == number]]
+    candidates = table.pictures[concepts]  # [B, vendors]
+    turn = (concepts + passes) % (candidates >= 0).sum(axis=1)  # half of the concepts begin with the other vendor
+    images = np.take_along_axis(candidates, turn[:, None], axis=1)[:, 0]
+
+    random = np.random.default_rng((config.seed, STEP, step))
+    texts = table.captions[images]  # [B, texts]
+    variants = (texts >= 0).sum(axis=1) - 1
+    varied = random.random(config.B) < config.caption_variants
+    which = np.where(varied & (variants > 0), 1 + np.floor(random.random(config.B) * variants).astype(int), 0)
+    captions = np.take_along_axis(texts, which[:, None], axis=1)[:, 0]
+    dropped = random.random(config.B) < config.embedding_dropout
+    return images, np.where(dropped, 0, captions).astype(np.int32)
 
 
-def enough(text_mask: Bool[np.ndarray, "n l"]) -> int:
-    """Tokens that hold every caption, a multiple of 8 for speed; what is masked changes nothing but takes time."""
-    longest = int(text_mask.any(0).nonzero()[0][-1]) + 1
-    return min(text_mask.shape[1], -(-longest // 8) * 8)
+def rows(table: Table, step: int, n: int, config: Params) -> Rows:
+    """The rows of n steps from `step` on."""
+    images, captions = zip(*(rows_at(table, step + i, config) for i in range(n)), strict=True)
+    return Rows(np.stack(images), np.stack(captions))
 
 
-# Which pictures and captions a step shows.
+def gather(data: Data, rows: Rows) -> Data:
+    """The pictures and captions of one step, from arrays on the device."""
+    return Data(data.images[rows.images], data.text_emb[rows.captions], data.text_mask[rows.captions])
 
 
-def order(key: Key[Array, ""], step: Int[Array, ""], *, n: int, B: int) -> Int[Array, "B"]:
-    """Which B of n concepts a step sees: each once per pass, every pass shuffled anew."""
-    place = step * B + jnp.arange(B)
-    return jax.vmap(lambda e, place: shuffled(jax.random.fold_in(key, e), place, n))(place // n, place % n)
+def batch(data: Data) -> Batch:
+    """The same with pictures as floats in [-1, 1]."""
+    return Batch(to_float(data.images), data.text_emb, data.text_mask)
 
 
-def shuffled(key: Key[Array, ""], place: Int[Array, ""], n: int) -> Int[Array, ""]:
-    """Where a random permutation of 0 … n - 1 takes one of them, without the others (swap or not: Hoang et al. 2012).
+# Where pictures and captions lie.
 
-    Each round mirrors all places about a random centre; a place and its image are swapped if the coin of the higher
-    one says so.
+
+def encode(
+    encoder: TextEncoder, texts: list[str], length: int
+) -> tuple[Float[np.ndarray, "n l d"], Bool[np.ndarray, "n l"]]:
+    """Token embeddings and masks of many captions, cut to the tokens that the longest has.
+
+    They are computed once, a part at a time, into a file that is mapped into memory, named by a hash of all that they
+    depend on. Where no file can be written they are kept in memory.
     """
-    centre_key, coin_key = jax.random.split(key)
-    centres = jax.random.randint(centre_key, (ROUNDS,), 0, n)
-    coins = jax.random.bits(coin_key, (ROUNDS,))
-    for r in range(ROUNDS):
-        image = (centres[r] - place) % n
-        coin = fmix32(jnp.maximum(place, image).astype(jnp.uint32) ^ coins[r]) >> 31
-        place = jnp.where(coin == 1, image, place)
-    return place
+    recipe = hashlib.sha256(json.dumps([encoder.identity, length, texts]).encode()).hexdigest()
+    file = files.CACHE / "captions" / f"{recipe}.npy"
+    with suppress(OSError, ValueError):  # not there, or damaged
+        saved = np.load(file, mmap_mode="r")
+        return saved["emb"], saved["mask"]
+    parts = [texts[start : start + PART] for start in range(0, len(texts), PART)]
+    longest = max(int(encoder.tokenize(part, length)[1].sum(axis=1).max()) for part in parts)
+    l = min(length, -(-longest // 8) * 8)  # noqa: E741  (a multiple of 8 is faster, and what is masked changes nothing)
+    kind = np.dtype([("emb", np.float32, (l, encoder.dim)), ("mask", bool, (l,))])
+
+    def encoded(part: list[str]) -> np.ndarray:
+        found = np.empty(len(part), kind)
+        text_emb, text_mask = encoder(part, length)
+        found["emb"], found["mask"] = text_emb[:, :l], text_mask[:, :l]
+        return found
+
+    try:
+        with files.replacing(file) as beside, beside.open("wb") as stream:  # not mapped: a full disk would be fatal
+            header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": (len(texts),)}
+            np.lib.format.write_array_header_2_0(stream, header)
+            for part in parts:
+                stream.write(encoded(part).tobytes())
+        saved = np.load(file, mmap_mode="r")
+    except OSError as error:
+        print(f"{file.parent} cannot hold the encoded captions ({error.strerror or error}): they stay in memory")
+        saved = np.concatenate([encoded(part) for part in parts])
+    return saved["emb"], saved["mask"]
 
 
-def fmix32(bits: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    """Every bit of the result depends on all of them (of MurmurHash3, Appleby 2011)."""
-    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
-    bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
-    return bits ^ (bits >> 16)
+class Memory:
+    """A set that lies on the device, whole on each."""
+
+    def __init__(self, pictures: Pictures, encoder: TextEncoder, config: Params):
+        self.config = config
+        self.table, texts = table(pictures, config.caption_variants)
+        captions = map(np.ascontiguousarray, encode(encoder, texts, config.TEXT_LEN))
+        # On a CPU the pictures are not copied, where `dataset` laid them out as JAX needs them.
+        self.data = parallel.replicate(Data(jax.device_put(pictures.images), *captions))
+
+    def at(self, step: int, n: int) -> tuple[Data, Rows]:
+        """What n steps from `step` on are computed from."""
+        return self.data, parallel.replicate(rows(self.table, step, n, self.config))
+
+    def close(self) -> None:
+        pass
 
 
-def choices(
-    index: Index, key: Key[Array, ""], step: Int[Array, ""], *, B: int, caption_variants: float
-) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
-    """The pictures and the captions that a step shows, as rows.
+class Stream:
+    """A set that stays on the disk: threads of grain decode its pictures a few batches ahead.
 
-    The vendors of a concept take turns from pass to pass; with probability caption_variants one of a picture's other
-    captions is taken, if it has any.
+    A picture that cannot be decoded ends the run when it is needed, with a DatasetError that names its file.
     """
-    n = len(index.pictures)
-    concepts, passes = order(key, step, n=n, B=B), (step * B + jnp.arange(B)) // n
-    drawn = index.pictures[concepts]
-    turn = (concepts + passes) % (drawn >= 0).sum(axis=1)  # half of the concepts begin with the other one of two
-    rows = jnp.take_along_axis(drawn, turn[:, None], axis=1)[:, 0]
-    texts = index.captions[rows]
-    if not caption_variants:
-        return rows, texts[:, 0]
-    others = (texts >= 0).sum(axis=1) - 1
-    chance_key, which_key = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, NO_PASS), step))
-    varied = jax.random.bernoulli(chance_key, caption_variants, others.shape) & (others > 0)
-    which = 1 + jax.random.randint(which_key, others.shape, 0, jnp.maximum(others, 1))
-    return rows, jnp.take_along_axis(texts, jnp.where(varied, which, 0)[:, None], axis=1)[:, 0]
+
+    def __init__(self, pictures: Pictures, encoder: TextEncoder, config: Params):
+        self.config, self.pictures = config, pictures
+        self.table, texts = table(pictures, config.caption_variants)
+        self.captions = encode(encoder, texts, config.TEXT_LEN)
+        self.next, self.batches = None, None
+
+    def at(self, step: int, n: int) -> tuple[Data, None]:
+        """The batch of a step; of several processes each reads its rows of it."""
+        assert n == 1, "what is streamed is picked step by step"
+        if step != self.next:
+            self.close()
+            self.batches = self.read_from(step)
+        self.next = step + 1
+        return parallel.global_batch(next(self.batches)), None
+
+    def read_from(self, step: int) -> Iterator[Data]:
+        """The batches of this step, of the next one, and so on without end."""
+        try:
+            import grain
+        except ImportError:
+            raise DatasetError(
+                "--stream needs the package grain: pip install grain, or train without --stream"
+            ) from None
+        local = range(self.config.B)[parallel.local_rows(self.config.B)]
+        at = lru_cache(AHEAD + 20)(lambda step: rows_at(self.table, step, self.config))
+        shape = (self.config.H, self.config.W, self.config.CHANNELS)
+        text_emb, text_mask = self.captions
+
+        def read(place: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            images, captions = at(place // len(local))
+            row = local[place % len(local)]
+            image = dataset.decoded(self.pictures.file(images[row]), shape)
+            return image, text_emb[captions[row]], text_mask[captions[row]]
+
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # advice about odd files; filters are per process
+        threads = min(16, 2 * (os.cpu_count() or 1))
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, AHEAD * len(local)))
+        places = grain.MapDataset.range(step * len(local), 2**62)
+        running = iter(places.map(read).to_iter_dataset(options).batch(len(local)))
+        try:
+            yield from (Data(*arrays) for arrays in running)
+        finally:
+            running.close()
+
+    def close(self) -> None:
+        """Stop reading."""
+        if self.batches is not None:
+            self.batches.close()
 
 
-# The batch of a step.
-
-
-def gather(data: Data, rows: Int[Array, "B"], texts: Int[Array, "B"]) -> Picked:
-    return Picked(data.images[rows], data.text_emb[texts], data.text_mask[texts], data.null_emb, data.null_mask)
-
-
-def finish(picked: Picked, key: Key[Array, ""], step: Int[Array, ""], *, embedding_dropout: float) -> Batch:
-    """Pictures as floats; with probability embedding_dropout a caption is replaced by the empty one."""
-    dropped = jax.random.bernoulli(jax.random.fold_in(key, step), embedding_dropout, (len(picked.images),))
-    return Batch(
-        image=to_float(picked.images),
-        text_emb=jnp.where(dropped[:, None, None], picked.null_emb[None], picked.text_emb),
-        text_mask=jnp.where(dropped[:, None], picked.null_mask[None], picked.text_mask),
-    )
-
-
-def sample_batch(
-    data: Data,
-    order_key: Key[Array, ""],
-    dropout_key: Key[Array, ""],
-    step: Int[Array, ""],
-    *,
-    B: int,
-    embedding_dropout: float,
-    caption_variants: float = 0.0,
-) -> Batch:
-    """The batch of a step, from data on the device."""
-    rows, texts = choices(data.index, order_key, step, B=B, caption_variants=caption_variants)
-    return finish(gather(data, rows, texts), dropout_key, step, embedding_dropout=embedding_dropout)
-
-
-def batch_of(
-    source: Data | Picked, order_key: Key[Array, ""], dropout_key: Key[Array, ""], step: Int[Array, ""], config: Params
-) -> Batch:
-    """The batch of a step: from data on the device, or from what was picked for this step beforehand."""
-    if isinstance(source, Picked):
-        return finish(source, dropout_key, step, embedding_dropout=config.embedding_dropout)
-    rates = {"embedding_dropout": config.embedding_dropout, "caption_variants": config.caption_variants}
-    return sample_batch(source, order_key, dropout_key, step, B=config.B, **rates)
+def load(pictures: Pictures, encoder: TextEncoder, config: Params) -> Memory | Stream:
+    """The source of a run's batches, in memory or on the disk as the configuration says."""
+    return (Stream if config.stream else Memory)(pictures, encoder, config)

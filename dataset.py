@@ -1,22 +1,19 @@
 """A folder of pictures and a CSV of captions, as arrays.
 
-The layout is that of the Kaggle emoji set, and of anybody's own pictures:
-
     <root>/full_emoji.csv              columns `#` and `name`; `keywords` and `split` if there are any; others ignored
     <root>/image/<vendor>/<#>.png      any size and mode; `#` is any file name, not only a number
 
-Pictures keep their proportions: they are scaled to fit [height, width] and padded with white, or with transparency
-where there are 4 channels. Colour is scaled premultiplied by alpha, so that what is hidden never bleeds into an edge,
-and a pixel that ends up fully transparent is white. Decoded pictures are cached by content, a block of rows at a time,
-and gathered in one array, which neither the split nor a CPU's training copies.
+This is the layout of the Kaggle emoji set, and of pictures of one's own. `read_rows` reads the CSV, `read_pictures`
+the pictures of its rows, `collect` keeps the good ones; `load`, below, puts the three together.
 
-Several vendors at once, "Google+OpenMoji", give several pictures to a row; each caption then names its vendor, as in
-"red heart, OpenMoji style". A row is held out for all of them or for none.
+Several vendors, "Google+OpenMoji", give several pictures to a row, and each caption then names its vendor: "red heart,
+OpenMoji style". A row is held out for all of them or for none.
 
-Real sets have faults, so a faulty row or picture is left out and reported; only too many of them, or nothing left,
-is an error. A missing picture is reported too but is no reason to stop: few vendors draw every emoji.
+Real datasets have faults. A faulty row or picture is left out and reported; only too many of them, or nothing left,
+is an error. A missing picture is reported but never counted, for few vendors draw every emoji.
 """
 
+import csv
 import hashlib
 import io
 import json
@@ -29,19 +26,20 @@ from pathlib import Path
 from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
+from jaxtyping import Bool, Float, UInt8
 from PIL import Image, ImageOps
 
 from files import cached
 from params import Params
 
-CSV, MISSING = "full_emoji.csv", "there is no such file"
-COLUMNS = ("#", "name", "keywords", "split")
+CSV, COLUMNS = "full_emoji.csv", ("#", "name", "keywords", "split")
+MAX_BAD = 0.05  # refuse a dataset with a larger share of broken rows and pictures
+MISSING = "there is no such file"
 LARGEST = 4096 * 4096  # pixels of a picture; a decompression bomb has more
-VARIANTS = 4  # other captions of a picture, made from its keywords
-BLOCK = 512  # rows decoded and cached together
-PART = 32  # of them, by one thread at a stretch
-FORMAT = 1  # of the cache; any change of what decoding gives needs another number
 READABLE = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+BLOCK, PART = 512, 32  # pictures decoded and cached together; those of them that a thread takes at a time
+FORMAT = 1  # of the cache; any change of what decoding gives needs another number
+VARIANTS = 4  # other captions of a picture, made from its keywords
 
 
 class DatasetError(ValueError):
@@ -53,20 +51,6 @@ class Fault(NamedTuple):
     what: str
 
 
-class Pictures(NamedTuple):
-    images: np.ndarray | None  # uint8 [N, H, W, C]; None where they stay on the disk
-    names: list[str]  # the captions
-    indexes: list[str]  # the `#` of each: the same for every vendor's picture of one row, and these stand together
-    folders: list[Path]  # of each, its vendor's; not a hundred thousand whole paths
-    keywords: list[str]  # "face, happy, joy", or ""
-    heldout: np.ndarray  # bool [N]
-    faults: list[Fault]
-    fingerprint: str  # SHA-256 of all of the above but the folders; of files' names where pictures stay on the disk
-
-    def file(self, row: SupportsIndex) -> Path:
-        return self.folders[row] / f"{self.indexes[row]}.png"
-
-
 class Row(NamedTuple):
     index: str
     name: str
@@ -75,90 +59,22 @@ class Row(NamedTuple):
     fault: Fault | None
 
 
-def load(
-    root: Path,
-    *,
-    vendor: str,
-    limit: int,
-    height: int,
-    width: int,
-    channels: int,
-    max_bad: float = 0.05,
-    decode: bool = True,
-) -> Pictures:
-    """The captioned pictures of a vendor, or of several joined by "+", in the order of the CSV.
+# Each row with (vendor, picture uint8 [h, w, c], what is wrong with it or "") for each of its pictures
+Found = Iterator[tuple[Row, list[tuple[str, np.ndarray | None, str]]]]
 
-    `limit` > 0 keeps the first `limit` training rows that have a picture, and the held-out ones before the last of
-    these. Without `decode` no more than the header of a picture is read, and `images` is None.
-    Raises DatasetError where more than `max_bad` of the rows and pictures looked at are broken, or a vendor has none
-    that is good.
-    """
-    if channels not in (1, 3, 4):
-        raise ValueError(f"channels is {channels}; a picture has 1 (grey), 3 (RGB) or 4 (RGB and alpha)")
-    if height < 1 or width < 1 or limit < 0:
-        raise ValueError(f"height and width are at least 1 and limit at least 0, got {height}, {width} and {limit}")
-    rows, wanted, shape = _rows(root), _wanted(root, vendor), (height, width, channels)
-    most = min(len(rows), limit + sum(row.heldout for row in rows)) if limit else len(rows)
-    try:
-        images = _room(most * len(wanted), shape) if decode else None
-    except MemoryError:
-        size = most * len(wanted) * math.prod(shape) / 2**30
-        raise DatasetError(
-            f"{root}: there is no room in memory for {most * len(wanted):,} pictures of {height} × {width}, "
-            f"{size:.1f} GiB; leave them on the disk with --stream, or choose a smaller --H and --W or --MAX_INDEX"
-        ) from None
-    kept, faults, looked_at, trained = [], [], 0, 0
-    for start in range(0, len(rows), BLOCK):
-        block = rows[start : start + BLOCK]
-        named = [row.index for row in block if not row.fault]
-        found = [_read(root, one, named, shape, decode) for one in wanted]
-        for row in block:
-            if row.fault:
-                faults.append(row.fault)
-                looked_at += 1
-                continue
-            before = len(kept)
-            for one, (image, what) in zip(wanted, map(next, found), strict=True):
-                looked_at += what != MISSING
-                if what:
-                    faults.append(Fault(f"image/{one}/{row.index}.png", what))
-                    continue
-                if decode:
-                    images[len(kept)] = image
-                kept.append((row, one))
-            trained += len(kept) > before and not row.heldout
-            if 0 < limit == trained:
-                break
-        if 0 < limit == trained:
-            break
-    broken = [fault for fault in faults if fault.what != MISSING]
-    if broken and len(broken) > max_bad * looked_at:
-        first = "; ".join(f"{where}: {what}" for where, what in broken[:3])
-        raise DatasetError(
-            f"{len(broken)} of {looked_at} rows and pictures in {root} cannot be used, which is more than "
-            f"--max_bad {max_bad:g} allows. The first: {first}. See all with "
-            f"`python prepare_dataset.py --check --data {root}`; mend or delete them, or raise --max_bad"
-        )
-    for one in wanted:
-        if one not in {vendor for _, vendor in kept}:
-            its = [fault for fault in faults if fault.where.startswith((CSV, f"image/{one}/"))]
-            first = f", the first fault: {its[0].where}: {its[0].what}" if its else ""
-            raise DatasetError(
-                f"{root} has no captioned picture for vendor {one} ({len(rows)} rows in {CSV}{first}). "
-                f"Each row's picture is image/{one}/<#>.png"
-            )
-    if not trained:
-        raise DatasetError(
-            f"{root}: all {len(kept)} pictures are held out, none is left to train on; mend the column split of {CSV}"
-        )
-    names = [styled(row.name, one) if len(wanted) > 1 else row.name for row, one in kept]
-    indexes, keywords = [row.index for row, _ in kept], [row.keywords for row, _ in kept]
-    folder = {one: root / "image" / one for one in wanted}
-    folders = [folder[one] for _, one in kept]
-    heldout = np.array([row.heldout for row, _ in kept])
-    images = images[: len(kept)] if decode else None
-    pictures = Pictures(images, names, indexes, folders, keywords, heldout, faults, "")
-    return pictures._replace(fingerprint=_fingerprint(pictures, pixels=decode))
+
+class Pictures(NamedTuple):
+    images: UInt8[np.ndarray, "n h w c"] | None  # None where they stay on the disk
+    names: list[str]  # the captions
+    indexes: list[str]  # the `#` of each: the same for every vendor's picture of one row, and these stand together
+    folders: list[Path]  # the vendor's folder of each
+    keywords: list[str]  # "face, happy, joy", or ""
+    heldout: Bool[np.ndarray, "n"]
+    faults: list[Fault]
+    fingerprint: str  # SHA-256 of all of the above but the folders; of files' names where pictures stay on the disk
+
+    def file(self, row: SupportsIndex) -> Path:
+        return self.folders[row] / f"{self.indexes[row]}.png"
 
 
 def from_config(config: Params, root: Path | None = None, *, decode: bool = True) -> Pictures:
@@ -167,46 +83,347 @@ def from_config(config: Params, root: Path | None = None, *, decode: bool = True
     Raises as `load`.
     """
     size = {"height": config.H, "width": config.W, "channels": config.CHANNELS}
-    where = root or Path(config.data)
-    options = {"limit": config.MAX_INDEX, "max_bad": config.max_bad, "decode": decode, **size}
-    pictures = load(where, vendor=config.vendor, **options)
+    root = root or Path(config.data)
+    pictures = load(root, vendor=config.vendor, limit=config.MAX_INDEX, decode=decode, **size)
     if config.stream and decode:  # recognise what a run that streamed was trained on
         pictures = pictures._replace(fingerprint=_fingerprint(pictures, pixels=False))
     return _training_first(pictures)
 
 
-def _training_first(pictures: Pictures) -> Pictures:
-    """The same pictures, the held-out ones last: each side of the split is then a stretch of one array.
+def load(
+    root: Path, *, vendor: str, limit: int, height: int, width: int, channels: int, decode: bool = True
+) -> Pictures:
+    """The captioned pictures of a vendor, or of several joined by "+", in the order of the CSV.
 
-    They are moved within that array, for there may be no room for another.
+    `limit` > 0 keeps the first `limit` training rows that have a picture, and the held-out ones before the last of
+    these. Without `decode` only the header of each picture is read, and `images` is None.
+    Raises DatasetError where more than MAX_BAD of the rows and pictures are broken, or a vendor has none that is good.
     """
+    shape = (height, width, channels)
+    rows, chosen = read_rows(root), _chosen(root, vendor)
+    found = read_pictures(root, rows, chosen, shape if decode else None)
+    most = min(len(rows), limit + sum(row.heldout for row in rows)) if limit else len(rows)
+    images = _allocate(root, most * len(chosen), shape) if decode else None
+    kept, faults = collect(found, images, limit)
+    _refuse(root, rows, chosen, kept, faults)
+    folders = {one: root / "image" / one for one in chosen}
+    pictures = Pictures(
+        images=images[: len(kept)] if decode else None,
+        names=[styled(row.name, one) if len(chosen) > 1 else row.name for row, one in kept],
+        indexes=[row.index for row, _ in kept],
+        folders=[folders[one] for _, one in kept],
+        keywords=[row.keywords for row, _ in kept],
+        heldout=np.array([row.heldout for row, _ in kept]),
+        faults=faults,
+        fingerprint="",
+    )
+    return pictures._replace(fingerprint=_fingerprint(pictures, pixels=decode))
+
+
+def read_rows(root: Path) -> list[Row]:
+    """Each row of the CSV that is not empty, with its fault if it has one; raises DatasetError."""
+    path = root / CSV
+    if not path.is_file():
+        what = f"{root} has no {CSV}" if root.is_dir() else f"there is no folder {root}"
+        raise DatasetError(f"{what}; make one with `python prepare_dataset.py --data {root}`, or see its --help")
+    csv.field_size_limit(2**31 - 1)  # the Kaggle file holds pictures in base64
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            return [*_parse(path, csv.reader(file))]
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{path} is not UTF-8 ({error.reason}); save it as UTF-8") from None
+
+
+def _parse(path: Path, lines) -> Iterator[Row]:
+    """The rows below the header, of the csv.reader of a file."""
+    header = [name.strip() for name in next(lines, [])]
+    absent = [f"`{name}`" for name in ("#", "name") if name not in header]
+    if absent:
+        found = f"it has {', '.join(f'`{name}`' for name in header[:20])}" if header else "it is empty"
+        raise DatasetError(f"{path} lacks the column {' and '.join(absent)} in its first row; {found}")
+    places = [header.index(name) if name in header else len(header) for name in COLUMNS]
+    first_with, end = {}, lines.line_num
+    for number, fields in enumerate(lines, start=2):  # the header is a spreadsheet's row 1
+        start, end = end, lines.line_num
+        padded = fields[: len(header)] + [""] * (len(header) + 1)  # a short row, or a column that is absent
+        index, name, keywords, split = (" ".join(padded[place].split()) for place in places)
+        if not (index or name or keywords or split):
+            continue
+        index = re.sub(r"^(\d+)\.0+$", r"\1", index)  # a spreadsheet or pandas made a number of it
+        name = name.removeprefix("⊛").strip()  # Unicode's mark of a new emoji
+        column, what = "", ""
+        if end > start + 1:
+            what = "a line break inside a field: is a quotation mark missing at the end of one?"
+        elif any(field.strip() for field in fields[len(header) :]):
+            what = f"{len(fields)} fields, the header {len(header)}: put the caption in quotation marks"
+        elif not index:
+            column, what = "#", "empty; it must be the name of the picture's file without .png"
+        elif re.search(r"[/\\\0]", index) or index in (".", ".."):
+            column, what = "#", f"{index!r} is not the name of a file"
+        elif index in first_with:
+            column, what = "#", f"{index!r} is already the # of row {first_with[index]}"
+        elif not name:
+            column, what = "name", "empty; it must be the picture's caption"
+        elif split.lower() not in ("", "train", "heldout"):
+            column, what = "split", f"{split!r} is neither train nor heldout"
+        first_with.setdefault(index, number)
+        where = f"{CSV} row {number}" + (f", column {column}" if column else "")
+        yield Row(index, name, keywords, split.lower() == "heldout", Fault(where, what) if what else None)
+
+
+def vendors(root: Path) -> list[str]:
+    """Names of the folders of pictures in a dataset."""
+    folder = root / "image"
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
+
+
+def _chosen(root: Path, vendor: str) -> list[str]:
+    """The vendors that "Google+OpenMoji" names; a folder of exactly that name is one vendor."""
+    present = vendors(root)
+    chosen = [vendor] if vendor in present else [*dict.fromkeys(vendor.split("+"))]
+    for one in chosen:
+        if one not in present:
+            among = f" (of --vendor {vendor})" if len(chosen) > 1 else ""
+            raise DatasetError(
+                f"{root / 'image'} has no folder {one!r}{among}; it has {', '.join(present) or 'no vendor at all'}. "
+                f"Choose one with --vendor, or put pictures into {root / 'image' / (one or '<vendor>')}"
+            )
+    return chosen
+
+
+def read_pictures(root: Path, rows: list[Row], chosen: list[str], shape: tuple[int, int, int] | None) -> Found:
+    """The pictures of each row, a block of rows at a time: from the cache, or decoded and cached by their content.
+
+    A faulty row has none. Without `shape` only headers are read, and each picture is None.
+    """
+    for start in range(0, len(rows), BLOCK):
+        block, found = rows[start : start + BLOCK], []
+        for vendor in chosen:
+            files = [root / "image" / vendor / f"{row.index}.png" for row in block if not row.fault]
+            found.append(_read_cached(files, shape) if shape else iter(_each(lambda file: _read(file, None), files)))
+        for row in block:
+            yield row, [] if row.fault else [(vendor, *next(one)) for vendor, one in zip(chosen, found, strict=True)]
+
+
+def _read_cached(files: list[Path], shape: tuple[int, int, int]) -> Iterator[tuple[np.ndarray, str]]:
+    """Each picture, zero where there is a fault, and its fault or ""; from the cache if they are there."""
+
+    def decode() -> dict[str, np.ndarray]:
+        found = _each(lambda file: _read(file, shape), files)
+        images = np.zeros((len(files), *shape), np.uint8)
+        for place, (image, _) in zip(images, found, strict=True):
+            place[:] = 0 if image is None else image
+        return {"images": images, "what": np.array([what for _, what in found], str)}
+
+    def digest(file: Path) -> str:
+        try:
+            return hashlib.sha256(file.read_bytes()).hexdigest()
+        except OSError as error:
+            return type(error).__name__
+
+    arrays = cached("pictures", json.dumps([FORMAT, shape, _each(digest, files)]), decode)
+    return zip(arrays["images"], arrays["what"].tolist(), strict=True)
+
+
+def _each(function: Callable[[Path], Any], files: list[Path]) -> list:
+    """The function of each file, by four threads; PART at a time, as a task for each file would cost as much again."""
+    parts = [files[start : start + PART] for start in range(0, len(files), PART)]
+    # Pillow's advice about odd files is silenced here: warning filters are those of the process, not of a thread.
+    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(4) as pool:
+        return [result for part in pool.map(lambda part: [*map(function, part)], parts) for result in part]
+
+
+def decoded(file: Path, shape: tuple[int, int, int]) -> UInt8[np.ndarray, "h w c"]:
+    """The picture in a file as uint8 [*shape]; raises DatasetError, as of a file that went bad after `load`."""
+    image, what = _read(file, shape)
+    if what:
+        raise DatasetError(
+            f"{file}: {what}. Put a good picture in its place and go on with --resume; "
+            f"`python prepare_dataset.py --check --data {file.parents[2]}` lists every broken one"
+        )
+    return image
+
+
+def _read(path: Path, shape: tuple[int, int, int] | None) -> tuple[np.ndarray | None, str]:
+    """The picture as uint8 [*shape] and "", or None and what is wrong; without `shape` only its header is read."""
+    try:
+        with io.BytesIO(path.read_bytes()) if shape else path.open("rb") as file:
+            if not file.read(1):
+                return None, "the file is empty"
+            image = Image.open(file, formats=READABLE)
+            if image.width * image.height > LARGEST:
+                return None, f"{image.width}x{image.height} is gigantic; at most {LARGEST} pixels are read"
+            if not shape:
+                return None, ""
+            image.load()
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip
+                grey = (np.asarray(image).astype(np.float64) / 257).clip(0, 255).round()
+                image = Image.fromarray(grey.astype(np.uint8))
+            return fit(image.convert("RGBA"), *shape), ""
+    except FileNotFoundError:
+        return None, MISSING
+    except Image.UnidentifiedImageError:
+        return None, f"not a picture (none of {', '.join(READABLE)})"
+    except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file, but without `strerror`
+        system = getattr(error, "strerror", None)
+        return None, f"cannot be read: {system}" if system else f"a damaged picture: {error}"
+
+
+def fit(picture: Image.Image, height: int, width: int, channels: int) -> UInt8[np.ndarray, "h w c"]:
+    """An RGBA picture as uint8 [height, width, channels]: scaled to fit, centred, and padded.
+
+    The padding is white, transparent where there are 4 channels. Colour is scaled premultiplied by alpha, so that what
+    is hidden never bleeds into an edge, and a pixel that ends up fully transparent is white.
+    """
+    planes = np.asarray(picture).transpose(2, 0, 1).astype(np.float32, order="C")  # [4, h, w]
+    planes[:3] *= planes[3] / 255
+    scale = min(width / picture.width, height / picture.height)
+    w, h = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    if (w, h) != picture.size:
+        planes = _resized(planes, w, h)
+    left, top = (width - w) // 2, (height - h) // 2
+    canvas = np.full((4, height, width), 255, np.float32)
+    canvas[3] = 0
+    inner = canvas[:, top : top + h, left : left + w]
+    inner[:3] = (planes[:3] / np.maximum(planes[3], 1e-6) * 255).clip(0, 255)  # where one rings, so does the other
+    inner[3] = planes[3].clip(0, 255)
+    colour, alpha = canvas[:3], canvas[3]
+    if channels == 4:
+        colour[:, np.rint(alpha) == 0] = 255
+        image = canvas.transpose(1, 2, 0)
+    else:
+        image = (colour * (alpha / 255) + (255 - alpha)).transpose(1, 2, 0)  # on white
+    if channels == 1:
+        image = np.ascontiguousarray(image) @ np.array([[0.299], [0.587], [0.114]], np.float32)  # ITU-R BT.601 luma
+    return np.rint(image).astype(np.uint8, order="C")
+
+
+def _resized(planes: Float[np.ndarray, "n h w"], width: int, height: int) -> Float[np.ndarray, "n H W"]:
+    """Planes scaled to [n, height, width]: all rows of all planes at once, then all columns."""
+    n, h, w = planes.shape
+    across = Image.fromarray(planes.reshape(n * h, w)).resize((width, n * h), Image.Resampling.LANCZOS)
+    beside = np.asarray(across).reshape(n, h, width).swapaxes(0, 1).reshape(h, n * width)
+    down = Image.fromarray(beside).resize((n * width, height), Image.Resampling.LANCZOS)
+    return np.asarray(down).reshape(height, n, width).swapaxes(0, 1)
+
+
+def collect(found: Found, images: np.ndarray | None, limit: int) -> tuple[list[tuple[Row, str]], list[Fault]]:
+    """Write good pictures into `images`, one after another; return the row and vendor of each, and the faults.
+
+    No more is taken from `found` once `limit` training rows have a picture.
+    """
+    kept, faults, trained = [], [], 0
+    for row, pictures in found:
+        before = len(kept)
+        faults += [row.fault] if row.fault else []
+        for vendor, image, what in pictures:
+            if what:
+                faults.append(Fault(f"image/{vendor}/{row.index}.png", what))
+                continue
+            if images is not None:
+                images[len(kept)] = image
+            kept.append((row, vendor))
+        trained += len(kept) > before and not row.heldout
+        if 0 < limit == trained:
+            break
+    return kept, faults
+
+
+def _allocate(root: Path, n: int, shape: tuple[int, int, int]) -> UInt8[np.ndarray, "n h w c"]:
+    """An array for n pictures, not yet written to, which takes no memory until it is.
+
+    It begins at a multiple of 64 bytes: on a CPU, JAX then uses it where it lies instead of copying it.
+    """
+    size = n * math.prod(shape)
+    try:
+        memory = np.empty(size + 63, np.uint8)
+    except MemoryError:
+        raise DatasetError(
+            f"{root}: there is no room in memory for {n:,} pictures of {shape[0]} × {shape[1]}, {size / 2**30:.1f} "
+            "GiB; leave them on the disk with --stream, or choose a smaller --H and --W or --MAX_INDEX"
+        ) from None
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].reshape(n, *shape)
+
+
+def _refuse(root: Path, rows: list[Row], chosen: list[str], kept: list[tuple[Row, str]], faults: list[Fault]) -> None:
+    """Raise DatasetError where too much is broken, a vendor has no picture, or none is left to train on."""
+    broken = [fault for fault in faults if fault.what != MISSING]
+    if len(broken) > MAX_BAD * (len(kept) + len(broken)):
+        first = "; ".join(f"{where}: {what}" for where, what in broken[:3])
+        raise DatasetError(
+            f"{len(broken)} of {len(kept) + len(broken)} rows and pictures in {root} cannot be used; at most "
+            f"{MAX_BAD:.0%} may be faulty. The first: {first}. Mend or delete them; "
+            f"`python prepare_dataset.py --check --data {root}` lists them all"
+        )
+    for vendor in chosen:
+        if all(one != vendor for _, one in kept):
+            its = [fault for fault in faults if fault.where.startswith((CSV, f"image/{vendor}/"))]
+            first = f", the first fault: {its[0].where}: {its[0].what}" if its else ""
+            raise DatasetError(
+                f"{root} has no captioned picture for vendor {vendor} ({len(rows)} rows in {CSV}{first}). "
+                f"Each row's picture is image/{vendor}/<#>.png"
+            )
+    if all(row.heldout for row, _ in kept):
+        raise DatasetError(
+            f"{root}: all {len(kept)} pictures are held out, none is left to train on; mend the column split of {CSV}"
+        )
+
+
+def _fingerprint(pictures: Pictures, *, pixels: bool) -> str:
+    """SHA-256 of captions, `#`, keywords, split, and pixels or else files' names, which a mended picture keeps."""
+    files = (f"{folder.name}/{index}.png" for folder, index in zip(pictures.folders, pictures.indexes, strict=True))
+    what = pictures.images.shape if pixels else [*files]
+    words = json.dumps([what, pictures.names, pictures.indexes, pictures.keywords, pictures.heldout.tolist()])
+    digest = hashlib.sha256(words.encode())
+    if pixels:
+        digest.update(pictures.images.reshape(-1))
+    return digest.hexdigest()
+
+
+def _training_first(pictures: Pictures) -> Pictures:
+    """The same pictures, the held-out ones last: each side of the split is then a stretch of one array."""
     images, train, held = pictures.images, *(np.flatnonzero(pictures.heldout == side) for side in (False, True))
-    if images is not None:
+    if images is not None:  # moved within their array, for there may be no room for another
         last = images[held]
-        for start in range(0, len(train), BLOCK):  # only ever towards the front, so that none is lost
-            rows = train[start : start + BLOCK]
-            images[start : start + len(rows)] = images[rows]
+        for place, row in enumerate(train):
+            images[place] = images[row]
         images[len(train) :] = last
-    return only(pictures._replace(images=None), np.concatenate([train, held]))._replace(images=images)
+    return select(pictures._replace(images=None), np.concatenate([train, held]))._replace(images=images)
 
 
 def side(pictures: Pictures, *, heldout: bool) -> Pictures:
     """The pictures on one side of the split."""
-    return only(pictures, np.flatnonzero(pictures.heldout == heldout))
+    return select(pictures, np.flatnonzero(pictures.heldout == heldout))
 
 
-def only(pictures: Pictures, rows) -> Pictures:
+def select(pictures: Pictures, rows) -> Pictures:
     """The pictures of these rows; the fingerprint and the faults stay those of the whole.
 
     Rows that stand together are not copied: `images` is then a part of the same array.
     """
     rows = np.asarray(rows, int)
-    together = len(rows) > 0 and (np.diff(rows) == 1).all()
-    part = slice(rows[0], rows[-1] + 1) if together else rows
+    consecutive = len(rows) > 0 and (np.diff(rows) == 1).all()
+    part = slice(rows[0], rows[-1] + 1) if consecutive else rows
     images = None if pictures.images is None else pictures.images[part]
     fields = ("names", "indexes", "folders", "keywords")
     lists = {field: [getattr(pictures, field)[row] for row in rows] for field in fields}
     return pictures._replace(images=images, heldout=pictures.heldout[rows], **lists)
+
+
+def check(root: Path) -> list[Fault]:
+    """Every faulty row, every row that no vendor has a picture for, and every broken picture of every vendor."""
+    rows, present = read_rows(root), vendors(root)
+    faults, missing, broken = [row.fault for row in rows if row.fault], [], []
+    if not present:
+        return [*faults, Fault("image", "there is no folder of a vendor in it, such as image/Google")]
+    for row, pictures in read_pictures(root, rows, present, (64, 64, 4)):
+        if pictures and all(what == MISSING for _, _, what in pictures):
+            missing.append(Fault(f"image/{present[0]}/{row.index}.png", MISSING))
+        named = [Fault(f"image/{vendor}/{row.index}.png", what) for vendor, _, what in pictures]
+        broken += [fault for fault in named if fault.what not in ("", MISSING)]
+    return faults + missing + sorted(broken, key=lambda fault: fault.where.split("/")[1])
 
 
 def styled(name: str, vendor: str) -> str:
@@ -236,267 +453,3 @@ def variants(pictures: Pictures) -> list[list[str]]:
             'the column `keywords` (such as "face, happy, joy"), or train with --caption_variants 0'
         )
     return found
-
-
-def decoded(file: Path, shape: tuple[int, int, int]) -> np.ndarray:
-    """The picture in a file as uint8 [*shape]; raises DatasetError, as of a file that went bad after `load`."""
-    image = _fitted(file, shape)
-    if isinstance(image, str):
-        raise DatasetError(
-            f"{file}: {image}. Put a good picture in its place and go on with --resume; "
-            f"`python prepare_dataset.py --check --data {file.parents[2]}` lists every broken one"
-        )
-    return image
-
-
-def _fingerprint(pictures: Pictures, *, pixels: bool) -> str:
-    """SHA-256 of captions, `#`, keywords, split and pixels; without `pixels` of the files' names in their stead.
-
-    The latter decodes nothing, and stays the same where a broken picture was replaced by a good one.
-    """
-    names = (f"{folder.name}/{index}.png" for folder, index in zip(pictures.folders, pictures.indexes, strict=True))
-    of = pictures.images.shape if pixels else [*names]
-    words = json.dumps([of, pictures.names, pictures.indexes, pictures.keywords, pictures.heldout.tolist()])
-    digest = hashlib.sha256(words.encode())
-    if pixels:
-        digest.update(pictures.images.reshape(-1))
-    return digest.hexdigest()
-
-
-def check(root: Path) -> list[Fault]:
-    """Every faulty row, every broken picture of every vendor, and every row that no vendor has a picture for."""
-    rows, present = _rows(root), vendors(root)
-    faults = [row.fault for row in rows if row.fault]
-    if not present:
-        return [*faults, Fault("image", "there is no folder of a vendor in it, such as image/Google")]
-    for row in (row for row in rows if not row.fault):
-        files = [root / "image" / vendor / f"{row.index}.png" for vendor in present]
-        if not any(file.is_file() for file in files):
-            faults.append(Fault(f"image/{present[0]}/{row.index}.png", MISSING))
-    for vendor in present:
-        files = _files(root, vendor, [row.index for row in rows if not row.fault])
-        found = _each(lambda file: what if isinstance(what := _picture(file), str) else "", files)
-        faults += [
-            Fault(f"image/{vendor}/{file.name}", what)
-            for file, what in zip(files, found, strict=True)
-            if what not in ("", MISSING)
-        ]
-    return faults
-
-
-def vendors(root: Path) -> list[str]:
-    """Names of the folders of pictures in a dataset."""
-    folder = root / "image"
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
-
-
-def _wanted(root: Path, vendor: str) -> list[str]:
-    """The vendors that "Google+OpenMoji" names; a folder of exactly that name is one vendor."""
-    present = vendors(root)
-    wanted = [vendor] if vendor in present else vendor.split("+")
-    for one in wanted:
-        if one not in present:
-            among = f" (of --vendor {vendor})" if len(wanted) > 1 else ""
-            raise DatasetError(
-                f"{root / 'image'} has no folder {one!r}{among}; it has {', '.join(present) or 'no vendor at all'}. "
-                f"Choose one with --vendor, or put pictures into {root / 'image' / (one or '<vendor>')}"
-            )
-    if len(set(wanted)) < len(wanted):
-        raise DatasetError(f"--vendor {vendor} names one vendor twice; name each once")
-    return wanted
-
-
-# The CSV.
-
-
-def _rows(root: Path) -> list[Row]:
-    """Each row that is not wholly empty, with what is wrong with it if anything is."""
-    import pandas as pd  # a quarter of a second, which drawing does not need
-
-    path = root / CSV
-    if not path.is_file():
-        what = f"{root} has no {CSV}" if root.is_dir() else f"there is no folder {root}"
-        raise DatasetError(f"{what}; make one with `python prepare_dataset.py --data {root}`, or see its --help")
-    try:
-        header = [str(name).strip() for name in pd.read_csv(path, nrows=0, encoding="utf-8-sig").columns]
-        absent = [f"`{name}`" for name in ("#", "name") if name not in header]
-        if absent:
-            found = ", ".join(f"`{name}`" for name in header[:20])
-            raise DatasetError(f"{path} lacks the column {' and '.join(absent)} in its first row; it has {found}")
-        table = pd.read_csv(
-            path,
-            usecols=[header.index(name) for name in COLUMNS if name in header],  # never the megabytes of base64
-            index_col=False,
-            dtype=str,
-            keep_default_na=False,  # "NA" and "null" are words
-            skip_blank_lines=False,  # a spreadsheet counts them
-            encoding="utf-8-sig",
-        )
-    except UnicodeDecodeError as error:
-        raise DatasetError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
-    except pd.errors.EmptyDataError:
-        raise DatasetError(f"{path} is empty; its first row must name the columns `#` and `name`") from None
-    except pd.errors.ParserError as error:
-        raise DatasetError(f"{path} is not a proper CSV file: {error}; is a quotation mark or a comma amiss?") from None
-    table.columns = table.columns.str.strip()
-    table = table.fillna("")
-    columns = [table[name] if name in table else [""] * len(table) for name in COLUMNS]
-    rows, first_with = [], {}
-    for number, fields in enumerate(zip(*columns, strict=True), start=2):  # the header is a spreadsheet's row 1
-        index, name, keywords, split = (" ".join(field.split()) for field in fields)
-        if not (index or name or keywords or split):
-            continue
-        index = re.sub(r"^(\d+)\.0+$", r"\1", index)  # a spreadsheet or pandas made a number of it
-        name = name.removeprefix("⊛").strip()  # Unicode's mark of a new emoji
-        fault = None
-        if not index:
-            fault = "#", "empty; it must be the name of the picture's file without .png"
-        elif re.search(r"[/\\\0]", index) or index in (".", ".."):
-            fault = "#", f"{index!r} is not the name of a file"
-        elif index in first_with:
-            fault = "#", f"{index!r} is already the # of row {first_with[index]}"
-        elif not name:
-            fault = "name", "empty; it must be the picture's caption"
-        elif split.lower() not in ("", "train", "heldout"):
-            fault = "split", f"{split!r} is neither train nor heldout"
-        first_with.setdefault(index, number)
-        fault = fault and Fault(f"{CSV} row {number}, column {fault[0]}", fault[1])
-        rows.append(Row(index, name, keywords, split.lower() == "heldout", fault))
-    return rows
-
-
-# The pictures.
-
-
-def _read(
-    root: Path, vendor: str, indexes: list[str], shape: tuple[int, int, int], decode: bool
-) -> Iterator[tuple[np.ndarray | None, str]]:
-    """Each picture and what is wrong with it, or ""; without `decode` only what its header tells."""
-    files = _files(root, vendor, indexes)
-    if decode:
-        return zip(*_decoded(files, shape), strict=True)
-    found = _each(lambda file: _picture(file, whole=False), files)
-    return iter([(None, what if isinstance(what, str) else "") for what in found])
-
-
-def _decoded(files: list[Path], shape: tuple[int, int, int]) -> tuple[np.ndarray, list[str]]:
-    """uint8 [n, *shape], zero where there is a fault, and what each fault is or ""; from the cache if it is there."""
-
-    def decode() -> dict[str, np.ndarray]:
-        results = _each(lambda file: _fitted(file, shape), files)
-        blank = np.zeros(shape, np.uint8)
-        images = [blank if isinstance(result, str) else result for result in results]
-        what = [result if isinstance(result, str) else "" for result in results]
-        return {"images": np.array(images, np.uint8).reshape(-1, *shape), "what": np.array(what, str)}
-
-    arrays = cached("pictures", json.dumps([FORMAT, shape, _each(_digest, files)]), decode)
-    return arrays["images"], arrays["what"].tolist()
-
-
-def _files(root: Path, vendor: str, indexes: list[str]) -> list[Path]:
-    folder = root / "image" / vendor
-    return [folder / f"{index}.png" for index in indexes]
-
-
-def _each(function: Callable[[Path], Any], files: list[Path]) -> list:
-    """The function of each file, by a few threads; a task for every file would cost as much as reading it."""
-    parts = [files[start : start + PART] for start in range(0, len(files), PART)]
-    with _quiet(), ThreadPoolExecutor(4) as pool:
-        return [result for part in pool.map(lambda part: [*map(function, part)], parts) for result in part]
-
-
-def _room(n: int, shape: tuple[int, int, int]) -> np.ndarray:
-    """uint8 [n, *shape], not yet written to, which takes no memory until it is.
-
-    It begins at a multiple of 64 bytes: on a CPU, JAX then uses it where it lies instead of copying it.
-    """
-    size = n * math.prod(shape)
-    memory = np.empty(size + 63, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + size].reshape(n, *shape)
-
-
-def _digest(path: Path) -> str:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        return type(error).__name__
-
-
-def _quiet() -> warnings.catch_warnings:
-    """Silence Pillow's advice about odd files, which become faults; filters are per process, so not inside a thread."""
-    return warnings.catch_warnings(action="ignore")
-
-
-def _picture(path: Path, *, whole: bool = True) -> Image.Image | str:
-    """The decoded picture upright in RGBA, or what is wrong with it; unless `whole`, only its header is read."""
-    try:
-        file = io.BytesIO(path.read_bytes()) if whole else path.open("rb")
-    except FileNotFoundError:
-        return MISSING
-    except OSError as error:
-        return f"cannot be read: {error.strerror or error}"
-    with file:
-        return _image(file, whole)
-
-
-def _image(file: io.BufferedIOBase, whole: bool) -> Image.Image | str:
-    try:
-        if not file.read(1):
-            return "the file is empty"
-        image = Image.open(file, formats=READABLE)
-        if image.width * image.height > LARGEST:
-            return f"{image.width}x{image.height} is gigantic; at most {LARGEST} pixels are read"
-        if not whole:
-            return image
-        image.load()
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip
-            image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).clip(0, 255).round().astype(np.uint8))
-        return image.convert("RGBA")
-    except Image.UnidentifiedImageError:
-        return f"not a picture (none of {', '.join(READABLE)})"
-    except Image.DecompressionBombError:
-        return f"gigantic; at most {LARGEST} pixels are read"
-    except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
-        return f"a damaged picture: {error}"
-
-
-def _fitted(path: Path, shape: tuple[int, int, int]) -> np.ndarray | str:
-    picture = _picture(path)
-    return picture if isinstance(picture, str) else fit(picture, *shape)
-
-
-def fit(picture: Image.Image, height: int, width: int, channels: int) -> np.ndarray:
-    """An RGBA picture as uint8 [height, width, channels]: scaled to fit, centred and padded."""
-    planes = np.asarray(picture).transpose(2, 0, 1).astype(np.float32, order="C")
-    planes[:3] *= planes[3] / 255
-    scale = min(width / picture.width, height / picture.height)
-    inner = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
-    if inner != picture.size:
-        planes = _resized(planes, *inner)
-    colour, alpha = planes[:3], planes[3]
-    left, top = (width - inner[0]) // 2, (height - inner[1]) // 2
-    canvas = np.full((4, height, width), 255, np.float32)
-    canvas[3] = 0
-    within = canvas[:, top : top + inner[1], left : left + inner[0]]
-    within[:3] = (colour / np.maximum(alpha, 1e-6) * 255).clip(0, 255)  # where one rings, so does the other
-    within[3] = alpha.clip(0, 255)
-    colour, alpha = canvas[:3], canvas[3]
-    if channels == 4:
-        colour[:, np.rint(alpha) == 0] = 255
-        image = canvas.transpose(1, 2, 0)
-    else:
-        image = (colour * (alpha / 255) + (255 - alpha)).transpose(1, 2, 0)
-    if channels == 1:
-        image = np.ascontiguousarray(image) @ np.array([[0.299], [0.587], [0.114]], np.float32)  # ITU-R BT.601 luma
-    return np.rint(image).astype(np.uint8, order="C")
-
-
-def _resized(planes: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Float planes [4, h, w] scaled to [4, height, width]: all rows of all planes at once, then all columns."""
-    n, h, w = planes.shape
-    across = Image.fromarray(planes.reshape(n * h, w)).resize((width, n * h), Image.Resampling.LANCZOS)
-    beside = np.asarray(across).reshape(n, h, width).swapaxes(0, 1).reshape(h, n * width)
-    down = Image.fromarray(beside).resize((n * width, height), Image.Resampling.LANCZOS)
-    return np.asarray(down).reshape(height, n, width).swapaxes(0, 1)

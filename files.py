@@ -1,4 +1,4 @@
-"""Files that are whole or not there, written beside their place and then renamed, and a cache of arrays."""
+"""Files that are whole or not there, written beside their place and then renamed; and a cache of arrays."""
 
 import hashlib
 import os
@@ -7,8 +7,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-import numpy as np
 
 CACHE = Path(__file__).resolve().parent / ".cache"  # everything that can be made again; safe to delete
 
@@ -50,11 +48,13 @@ def writable(folder: Path) -> None:
         raise OSError(f"{folder} cannot be written ({error.strerror}); choose another folder") from error
 
 
-def cached(kind: str, recipe: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """What `make` returns, from the disk where it was made before under the same `recipe`.
+def cached(kind: str, recipe: str, make: Callable[[], dict]) -> dict:
+    """The NumPy arrays that `make` returns, from the disk if they were made before under the same `recipe`.
 
     A file that cannot be read is made again, one that cannot be written is made again next time: no cache is an error.
     """
+    import numpy as np  # here, so that a script's --help does not wait for it
+
     file = CACHE / kind / f"{hashlib.sha256(recipe.encode()).hexdigest()}.npz"
     # a damaged archive raises nearly anything
     with suppress(Exception), file.open("rb") as stream, np.load(stream) as saved:

@@ -1,18 +1,18 @@
-"""The network: a U-Net that looks at a noisy picture, the step t and a caption, and predicts the noise
-(or the velocity, or the clean picture: the network does not know which).
+"""The network: a U-Net from a noisy image, its step t and a caption to the noise, the velocity or the clean image.
 
-    pixels ─ fold PATCH × PATCH pixels into channels ─ conv
-      down:  ResBlock (+ self-attention) (+ cross-attention to the caption's tokens), halve        once per resolution
-      middle
-      up:    the same, each block also fed the matching output of the way down, double
-    norm ─ conv, initialised to zero ─ unfold ─ prediction
+    noisy ─ patchify ─ convolution
+      down     stages, the output of each kept as a skip; halve         once per resolution
+      middle   stage, ResBlock
+      up       stages, each given the last skip left; double            once per resolution
+    group norm, SiLU ─ convolution ─ unpatchify ─ prediction
 
-Training may leave out features (dropout) and tells the network how a picture was changed (augmentation); drawing gives
-neither. The weights are float32; `network` computes with them in float32 or bfloat16.
+A stage is a ResBlock, then self-attention and cross-attention at the resolutions that the configuration names. The step
+and the mean of the caption's tokens scale and shift a group norm in each ResBlock (Dhariwal & Nichol 2021, Section
+3.1); the tokens themselves enter by cross-attention (Rombach et al. 2022, Section 3.3). Every residual branch, and the
+network itself, ends in a layer initialised to zero, so that the network starts as the zero function.
 
-The step enters every ResBlock as a scale and shift of its group norm (Dhariwal & Nichol 2021, Section 3), together
-with the mean of the caption's tokens; the tokens themselves enter by cross-attention (Rombach et al. 2022, Section
-3.3). Every residual branch ends in a zero-initialised layer, so that the network starts as the zero function.
+Conv is a 3 × 3 convolution; Upsample repeats each pixel to 2 × 2, then convolves; GroupNorm(x, scale, shift) is
+norm(x) * (1 + scale) + shift, with SiLU after it where silu=True. All kernels.py does is to make these three fast.
 """
 
 import math
@@ -24,33 +24,43 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from augmentation import LABELS
-from kernels import Conv3x3, GroupNorm, Upsample, affine_silu
+from kernels import Conv, GroupNorm, Upsample
 from params import Params
 
+Image = Float[Array, "b h w c"]
+Features = Float[Array, "b h w _"]  # _: their channels, which layers change
+Condition = Float[Array, "b d"]
+Tokens = Float[Array, "b l e"]
+Mask = Bool[Array, "b l"]  # False at padding
+Rngs = nnx.Rngs | None  # dropout keys, or None for no dropout
 
-def patchify(image: Float[Array, "b h w c"], size: int) -> Float[Array, "b rows columns d"]:
-    """Fold size × size pixels into channels (space to depth): d = size² c."""
+# Shape comments are aligned by hand:
+# fmt: off
+
+
+def patchify(image: Image, size: int) -> Float[Array, "b rows columns d"]:
+    """Fold each size × size patch of pixels into channels: d = size² c."""
     b, h, w, c = image.shape
-    blocks = image.reshape(b, h // size, size, w // size, size, c)
-    return blocks.transpose(0, 1, 3, 2, 4, 5).reshape(b, h // size, w // size, size * size * c)
+    patches = image.reshape(b, h // size, size, w // size, size, c).swapaxes(2, 3)          # [b, h/s, w/s, s, s, c]
+    return patches.reshape(b, h // size, w // size, size**2 * c)                            # [b, h/s, w/s, s² c]
 
 
-def unpatchify(folded: Float[Array, "b rows columns d"], size: int) -> Float[Array, "b h w c"]:
-    """The inverse of patchify (depth to space)."""
-    b, rows, columns, d = folded.shape
-    blocks = folded.reshape(b, rows, columns, size, size, d // size**2)
-    return blocks.transpose(0, 1, 3, 2, 4, 5).reshape(b, rows * size, columns * size, d // size**2)
+def unpatchify(patches: Float[Array, "b rows columns d"], size: int) -> Image:
+    """The inverse of patchify."""
+    b, rows, columns, d = patches.shape
+    pixels = patches.reshape(b, rows, columns, size, size, d // size**2).swapaxes(2, 3)     # [b, h/s, s, w/s, s, c]
+    return pixels.reshape(b, rows * size, columns * size, d // size**2)                     # [b, h, w, c]
 
 
 def sinusoid(t: Int[Array, "b"], size: int) -> Float[Array, "b size"]:
-    """Sines and cosines of t at wavelengths from 2π to 20000π steps (Vaswani et al. 2017, Section 3.5)."""
+    """Sines and cosines of t at wavelengths from 2π to 20000π (Vaswani et al. 2017, Section 3.5)."""
     frequency = jnp.exp(-math.log(10_000) * jnp.arange(size // 2) / (size // 2))
-    angle = t[:, None] * frequency[None, :]
-    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+    angle = t[:, None] * frequency[None, :]                             # [b, size/2]
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)   # [b, size]
 
 
 class TimestampNet(nnx.Module):
-    """The step t as a vector: sinusoidal embedding, then an MLP."""
+    """Embedding of the step t: sinusoids, then an MLP."""
 
     def __init__(self, T_dim: int, T_out: int, rngs: nnx.Rngs):
         self.T_dim = T_dim
@@ -58,177 +68,139 @@ class TimestampNet(nnx.Module):
         self.out = nnx.Linear(T_out, T_out, rngs=rngs)
 
     def __call__(self, t: Int[Array, "b"]) -> Float[Array, "b T_out"]:
-        waves = sinusoid(t, self.T_dim).astype(self.hidden.kernel.dtype)  # float32 until here: t has many values
+        waves = sinusoid(t, self.T_dim).astype(self.hidden.kernel.dtype)  # in float32 up to here
         return self.out(nnx.silu(self.hidden(waves)))
 
 
 class ResBlock(nnx.Module):
-    """Two convolutions and a residual; the condition scales and shifts the second group norm."""
+    """Two convolutions with a residual; the condition scales and shifts the second norm (adaptive group norm)."""
 
     def __init__(self, channels: int, out: int, config: Params, rngs: nnx.Rngs):
-        self.norm1 = GroupNorm(channels)
-        self.conv1 = Conv3x3(channels, out, rngs)
+        self.norm1 = GroupNorm(channels, silu=True)
+        self.conv1 = Conv(channels, out, rngs)
         self.modulation = nnx.Linear(config.T_out, 2 * out, rngs=rngs)
-        self.norm2 = GroupNorm(out)
+        self.norm2 = GroupNorm(out, silu=True)
         self.dropout = nnx.Dropout(config.dropout)
-        self.conv2 = Conv3x3(out, out, rngs, zero=True)
+        self.conv2 = Conv(out, out, rngs, zero=True)
         self.skip = nnx.Conv(channels, out, (1, 1), rngs=rngs) if channels != out else None
 
-    def __call__(
-        self, x: Float[Array, "b h w c"], condition: Float[Array, "b d"], chance: nnx.Rngs | None
-    ) -> Float[Array, "b h w out"]:
-        scale, shift = jnp.split(self.modulation(condition)[:, None, None, :], 2, axis=-1)
-        h = self.conv1(affine_silu(x, *self.norm1.affine(x)))
-        factor, offset = self.norm2.affine(h)
-        h = affine_silu(h, factor * (1 + scale), offset * (1 + scale) + shift)
-        h = self.conv2(self.dropout(h, deterministic=chance is None, rngs=chance))
+    def __call__(self, x: Features, condition: Condition, rngs: Rngs) -> Features:
+        scale, shift = jnp.split(self.modulation(condition)[:, None, None], 2, axis=-1)  # [b, 1, 1, out] each
+        h = self.conv1(self.norm1(x))                                                    # [b, h, w, out]
+        h = self.norm2(h, scale, shift)
+        h = self.conv2(self.dropout(h, deterministic=rngs is None, rngs=rngs))
         return h + (x if self.skip is None else self.skip(x))
 
 
 class Attention(nnx.Module):
-    """Multi-head attention with a residual: over the picture itself, or over the caption's visible tokens."""
+    """Multi-head attention with a residual, of pixels to pixels, or to those tokens of a context that mask shows."""
 
-    def __init__(self, channels: int, head_dim: int, rngs: nnx.Rngs, *, context: int | None = None):
+    def __init__(self, channels: int, head_dim: int, rngs: nnx.Rngs, context: int | None = None):
         self.head_dim = head_dim
         self.norm = GroupNorm(channels)
         self.query = nnx.Linear(channels, channels, rngs=rngs)
         self.key_value = nnx.Linear(context or channels, 2 * channels, rngs=rngs)
         self.out = nnx.Linear(channels, channels, kernel_init=nnx.initializers.zeros, rngs=rngs)
 
-    def __call__(
-        self,
-        x: Float[Array, "b h w c"],
-        context: Float[Array, "b l d"] | None = None,
-        mask: Bool[Array, "b l"] | None = None,
-    ) -> Float[Array, "b h w c"]:
+    def __call__(self, x: Features, context: Tokens | None = None, mask: Mask | None = None) -> Features:
         b, h, w, c = x.shape
-        pixels = self.norm(x).reshape(b, h * w, c)
-        query = self.query(pixels).reshape(b, h * w, -1, self.head_dim)
-        key, value = jnp.split(self.key_value(pixels if context is None else context), 2, axis=-1)
-        key, value = (part.reshape(b, part.shape[1], -1, self.head_dim) for part in (key, value))
-        visible = None if mask is None else mask[:, None, None, :]
-        attended = jax.nn.dot_product_attention(query, key, value, mask=visible)
-        return x + self.out(attended.reshape(b, h * w, c)).reshape(x.shape)
+        heads = (c // self.head_dim, self.head_dim)
+        pixels = self.norm(x).reshape(b, h * w, c)                               # [b, h*w, c]
+        context = pixels if context is None else context                         # [b, l, e]
+        mask = None if mask is None else mask[:, None, None, :]                  # [b, 1, 1, l]
+        query = self.query(pixels).reshape(b, h * w, *heads)                     # [b, h*w, heads, head_dim]
+        key, value = jnp.split(self.key_value(context), 2, axis=-1)              # [b, l, c] each
+        key, value = key.reshape(b, -1, *heads), value.reshape(b, -1, *heads)    # [b, l, heads, head_dim] each
+        attended = jax.nn.dot_product_attention(query, key, value, mask=mask)    # [b, h*w, heads, head_dim]
+        return x + self.out(attended.reshape(b, h * w, c)).reshape(x.shape)      # [b, h, w, c]
 
 
 class Stage(nnx.Module):
-    """A ResBlock, then the attentions that its resolution has."""
+    """A ResBlock and the attentions of its resolution."""
 
     def __init__(self, channels: int, out: int, level: int, text_dim: int, config: Params, rngs: nnx.Rngs):
         self.block = ResBlock(channels, out, config, rngs)
         self.self_attention = Attention(out, config.HEAD_DIM, rngs) if level in config.self_attention else None
-        self.cross_attention = (
-            Attention(out, config.HEAD_DIM, rngs, context=text_dim) if level in config.cross_attention else None
-        )
+        sees_text = level in config.cross_attention
+        self.cross_attention = Attention(out, config.HEAD_DIM, rngs, context=text_dim) if sees_text else None
 
-    def __call__(
-        self,
-        x: Float[Array, "b h w c"],
-        condition: Float[Array, "b d"],
-        text: Float[Array, "b l e"],
-        text_mask: Bool[Array, "b l"],
-        chance: nnx.Rngs | None,
-    ) -> Float[Array, "b h w out"]:
-        x = self.block(x, condition, chance)
-        if self.self_attention is not None:
-            x = self.self_attention(x)
-        if self.cross_attention is not None:
-            x = self.cross_attention(x, text, text_mask)
-        return x
+    def __call__(self, x: Features, condition: Condition, text_emb: Tokens, text_mask: Mask, rngs: Rngs) -> Features:
+        x = self.block(x, condition, rngs)
+        x = x if self.self_attention is None else self.self_attention(x)
+        return x if self.cross_attention is None else self.cross_attention(x, text_emb, text_mask)
 
 
 class UNet(nnx.Module):
-    """prediction = UNet(noisy, t, text_emb, text_mask); see the module's docstring for the plan."""
+    """prediction = UNet(noisy, t, text_emb, text_mask)"""
 
     def __init__(self, config: Params, text_dim: int, rngs: nnx.Rngs):
         dims = [config.BASE_DIM * mult for mult in config.DIM_MULTS]
-        pixels = config.CHANNELS * config.PATCH**2
-        last = len(dims) - 1
+        pixels, last = config.CHANNELS * config.PATCH**2, len(dims) - 1
 
-        def stage(channels: int, out: int, level: int) -> Stage:
-            return Stage(channels, out, level, text_dim, config, rngs)
+        def stages(channels: int, skip: int, level: int) -> list[Stage]:
+            entering = [channels] + [dims[level]] * (config.BLOCKS - 1)
+            return [Stage(c + skip, dims[level], level, text_dim, config, rngs) for c in entering]
 
         self.patch = config.PATCH
         self.timestamp = TimestampNet(config.T_dim, config.T_out, rngs)
         self.text_norm = nnx.LayerNorm(text_dim, rngs=rngs)
         self.pooled_text = nnx.Linear(text_dim, config.T_out, rngs=rngs)
-        told = {"use_bias": False, "kernel_init": nnx.initializers.zeros, "rngs": rngs}
-        self.augmentation = nnx.Linear(len(LABELS), config.T_out, **told) if config.augmentation else None
-        self.entry = Conv3x3(pixels, dims[0], rngs)
+        zero = {"use_bias": False, "kernel_init": nnx.initializers.zeros, "rngs": rngs}
+        self.augmentation = nnx.Linear(len(LABELS), config.T_out, **zero) if config.augmentation else None
+        self.entry = Conv(pixels, dims[0], rngs)
 
-        channels, skips = dims[0], []
         self.down, self.halve = nnx.List(), nnx.List()
         for level, dim in enumerate(dims):
-            self.down.append(nnx.List())
-            for _ in range(config.BLOCKS):
-                self.down[level].append(stage(channels, dim, level))
-                channels = dim
-                skips.append(dim)
+            self.down.append(nnx.List(stages(dims[max(level - 1, 0)], 0, level)))
             if level < last:
                 self.halve.append(nnx.Conv(dim, dim, (3, 3), strides=2, rngs=rngs))
 
-        self.middle = nnx.List([stage(channels, channels, last), ResBlock(channels, channels, config, rngs)])
-
+        self.middle = nnx.List([Stage(dim, dim, last, text_dim, config, rngs), ResBlock(dim, dim, config, rngs)])
         self.up, self.double = nnx.List(), nnx.List()
         for level, dim in reversed(list(enumerate(dims))):
-            self.up.append(nnx.List())
-            for _ in range(config.BLOCKS):
-                self.up[last - level].append(stage(channels + skips.pop(), dim, level))
-                channels = dim
+            self.up.append(nnx.List(stages(dims[min(level + 1, last)], dim, level)))
             if level > 0:
                 self.double.append(Upsample(dim, dim, rngs))
-
-        self.exit_norm = GroupNorm(channels)
-        self.exit = Conv3x3(channels, pixels, rngs, zero=True)
+        self.exit_norm = GroupNorm(dims[0], silu=True)
+        self.exit = Conv(dims[0], pixels, rngs, zero=True)
 
     def __call__(
-        self,
-        noisy: Float[Array, "b h w c"],
-        t: Int[Array, "b"],
-        text_emb: Float[Array, "b l d"],
-        text_mask: Bool[Array, "b l"],
-        augmentation: Float[Array, "b labels"] | None = None,
-        dropout_key: Key[Array, ""] | None = None,
-    ) -> Float[Array, "b h w c"]:
-        """augmentation: how much of each change the pictures have had, none if left out; dropout_key: for training."""
-        chance = None if dropout_key is None else nnx.Rngs(dropout=dropout_key)
-        text = self.text_norm(text_emb)
-        visible = text_mask[:, :, None].astype(text.dtype)
-        pooled = (text * visible).sum(axis=1) / visible.sum(axis=1)
-        condition = self.timestamp(t) + self.pooled_text(pooled)
+        self, noisy: Image, t: Int[Array, "b"], text_emb: Tokens, text_mask: Mask,
+        augmentation: Float[Array, "b labels"] | None = None, dropout_key: Key[Array, ""] | None = None,
+    ) -> Image:
+        """augmentation: the labels of augmentation.augment; dropout_key: turns dropout on. Both are for training."""
+        rngs = None if dropout_key is None else nnx.Rngs(dropout=dropout_key)
+        text_emb = self.text_norm(text_emb)                                     # [b, l, e]
+        visible = text_mask[:, :, None].astype(text_emb.dtype)                  # [b, l, 1]
+        pooled = (text_emb * visible).sum(axis=1) / visible.sum(axis=1)         # [b, e]
+        condition = self.timestamp(t) + self.pooled_text(pooled)                # [b, T_out]
         if self.augmentation is not None and augmentation is not None:
             condition = condition + self.augmentation(augmentation)
         condition = nnx.silu(condition)
+        inputs = condition, text_emb, text_mask, rngs
 
-        x = self.entry(patchify(noisy, self.patch))
-        skips = []
+        x, skips = self.entry(patchify(noisy, self.patch)), []                  # [b, h/PATCH, w/PATCH, BASE_DIM]
         for level, stages in enumerate(self.down):
             for stage in stages:
-                x = stage(x, condition, text, text_mask, chance)
+                x = stage(x, *inputs)                                           # [b, h, w, dim of the level]
                 skips.append(x)
             if level < len(self.halve):
-                x = self.halve[level](x)
-
+                x = self.halve[level](x)                                        # [b, h/2, w/2, dim]
         stage, block = self.middle
-        x = block(stage(x, condition, text, text_mask, chance), condition, chance)
-
+        x = block(stage(x, *inputs), condition, rngs)
         for level, stages in enumerate(self.up):
             for stage in stages:
-                x = stage(jnp.concatenate([x, skips.pop()], axis=-1), condition, text, text_mask, chance)
+                x = stage(jnp.concatenate([x, skips.pop()], axis=-1), *inputs)  # [b, h, w, dim of the level]
             if level < len(self.double):
-                x = self.double[level](x)
+                x = self.double[level](x)                                       # [b, 2h, 2w, dim]
+        return unpatchify(self.exit(self.exit_norm(x)), self.patch)             # [b, h, w, c]
 
-        return unpatchify(self.exit(affine_silu(x, *self.exit_norm.affine(x))), self.patch)
 
-
-def network(config: Params, graphdef: nnx.GraphDef, weights: dict) -> Callable[..., Float[Array, "b h w c"]]:
-    """The function that a UNet with these weights is, float32 outside and `config.compute` inside."""
+def network(config: Params, graphdef: nnx.GraphDef, weights: dict) -> Callable[..., Image]:
+    """The UNet with these weights as a function, float32 outside and `config.compute` inside."""
 
     def cast(tree, dtype):
-        def one(leaf: Array) -> Array:
-            return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
-
-        return jax.tree.map(one, tree)
+        return jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, tree)
 
     model = nnx.merge(graphdef, nnx.State(cast(weights, config.compute)))
     return lambda *inputs: cast(model(*cast(inputs, config.compute)), jnp.float32)

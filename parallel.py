@@ -1,12 +1,12 @@
-"""Many devices as one: a batch is dealt out over them, everything else lies whole on each.
+"""Many devices as one: data parallelism.
 
-One mesh with one axis, "data", holds every device of every process; a single device is a mesh of one. A step draws
-its batch as if there were one device and constrains the rows to the axis; XLA's partitioner then computes each share
-where it lies and sums the gradients. So a run does not depend on the number of devices, but for the order in which
-float32 sums are taken.
+One mesh with one axis, "data", holds every device of every process; a single device is a mesh of one. The rows of a
+batch are sharded over this axis, everything else is replicated. A step is written as for one device; XLA's partitioner
+lets each device compute its rows and sums the gradients. So a run does not depend on the number of devices, except for
+the order of float32 sums.
 
-With `--distributed` a process is one of many that run the same script. They take the same steps, and only process 0
-prints and writes. What comes from one process alone, a signal or a clock, counts once all have agreed on it.
+With `--distributed` a process is one of many that run the same script. They take the same steps, and only process 0,
+the main one, prints and writes. A signal or a clock of one process counts once all processes have agreed on it.
 """
 
 import atexit
@@ -15,6 +15,8 @@ import hashlib
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -22,7 +24,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from dataloader import Picked
 from files import CACHE
 from params import Params
 
@@ -57,9 +58,9 @@ def on_accelerator() -> bool:
 def join() -> None:
     """Make this process one of many; call before JAX touches a device.
 
-    SLURM, Open MPI, Kubernetes and cloud TPUs are recognised by JAX, else the variables BY_HAND say who this process
-    is. Whoever ends without `leave`, by an error, goes at once: an orderly exit would wait for the others, and they
-    would wait for it.
+    SLURM, Open MPI, Kubernetes and cloud TPUs are recognised by JAX; elsewhere the variables BY_HAND say which process
+    this is. A process that ends with an error, without `leave`, exits at once, because an orderly exit would wait for
+    the others while they wait for it.
     """
     given = {name: os.environ[name] for name in BY_HAND if os.environ.get(name)}
     who = {}
@@ -77,13 +78,13 @@ def join() -> None:
     except ValueError as error:  # what JAX could not find out
         missing = ", ".join(name for name in BY_HAND if name not in given)
         raise ParallelError(f"--distributed: no cluster is recognised, and {missing} is not set. {HOW}") from error
-    atexit.register(_desert)
+    atexit.register(_exit_at_once)
     barrier("joined")  # while all are here: the first meeting has a time limit, later ones have none
     if not is_main():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (open to the end of the process)
 
 
-def _desert() -> None:
+def _exit_at_once() -> None:
     if jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -107,19 +108,18 @@ def barrier(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
-def after_first(name: str) -> None:
-    """Let process 0 prepare things alone: the others wait here until it comes to `done_first`."""
+@contextmanager
+def main_first(name: str) -> Iterator[None]:
+    """Let the main process do something alone; the others wait here until it is done, then do it too."""
     if not is_main():
         barrier(name)
-
-
-def done_first(name: str) -> None:
+    yield
     if is_main():
         barrier(name)
 
 
 def any_process(*flags: bool, meet: bool) -> tuple[bool, ...]:
-    """Each flag as raised by any process. Several processes ask each other only where all `meet`; until then, none."""
+    """Whether any process raised each flag. Several processes ask each other only where all `meet`, else none did."""
     if jax.process_count() == 1:
         return flags
     if not meet:
@@ -148,55 +148,53 @@ def mesh() -> Mesh:
 
 
 def replicated() -> NamedSharding:
-    """Every device holds all of an array."""
+    """The sharding of an array that every device holds whole."""
     return NamedSharding(mesh(), PartitionSpec())
 
 
 def batch_sharding() -> NamedSharding:
-    """Each device holds its share of the rows."""
+    """The sharding of an array of which each device holds some rows."""
     return NamedSharding(mesh(), PartitionSpec(AXIS))
 
 
 def check_batch_size(config: Params) -> None:
-    """Raise ParallelError where a batch cannot be dealt out evenly."""
+    """Raise ParallelError where a batch cannot be divided evenly."""
     count, parts = mesh().size * config.accumulate, f" in {config.accumulate} parts" if config.accumulate > 1 else ""
     if config.B % count:
         near = [size for size in (config.B // count * count, (config.B // count + 1) * count) if size]
         raise ParallelError(
-            f"--B = {config.B}: a batch is dealt out evenly over {mesh().size} devices{parts}; take "
+            f"--B = {config.B}: a batch is divided evenly over {mesh().size} devices{parts}; take "
             f"--B {' or '.join(map(str, near))}, or fewer devices (CUDA_VISIBLE_DEVICES; on a CPU JAX_NUM_CPU_DEVICES)"
         )
 
 
 def shard(tree: Any) -> Any:
-    """Inside a jitted function: arrays of rows, each device computing its share."""
+    """Inside a jitted function: let each device compute its rows of these arrays."""
     return jax.lax.with_sharding_constraint(tree, batch_sharding())
 
 
 def replicate(tree: Any) -> Any:
-    """Arrays that are the same in every process, laid whole on every device."""
+    """Arrays that are the same in every process, copied to every device."""
 
-    def lay(leaf):
+    def copied(leaf):
         copies = [jax.device_put(leaf, device) for device in mesh().local_devices]
         return jax.make_array_from_single_device_arrays(copies[0].shape, replicated(), copies)
 
-    return jax.tree.map(lay, tree)
+    return jax.tree.map(copied, tree)
 
 
 def unreplicate(tree: Any) -> Any:
-    """Arrays laid whole on every device, as arrays of one device of this process: what it alone draws or saves."""
+    """Replicated arrays as arrays of one device of this process."""
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
 
 
 def local_rows(B: int) -> slice:
-    """The rows of a batch that the devices of this process compute."""
+    """The rows of a batch that the devices of this process hold."""
     mine = [place for place, device in enumerate(mesh().devices) if device.process_index == jax.process_index()]
     each = B // mesh().size
     return slice(mine[0] * each, (mine[-1] + 1) * each)
 
 
-def global_batch(picked: Picked) -> Picked:
-    """The batch of all processes, from the rows that each of them has read: those of its `share`."""
-    *rows, null_emb, null_mask = picked
-    rows = [jax.make_array_from_process_local_data(batch_sharding(), part) for part in rows]
-    return Picked(*rows, *replicate((null_emb, null_mask)))
+def global_batch(tree: Any) -> Any:
+    """Arrays of the rows of all processes, from those that each process has: its `local_rows`."""
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(batch_sharding(), rows), tree)

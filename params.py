@@ -1,50 +1,21 @@
-"""Hyper-parameters of a run (not the network's weights): one frozen dataclass, and a small table of presets.
+"""Hyper-parameters: how a network is made and trained (`Params`) and how it is sampled from (`Sampling`).
 
-Names in capitals are sizes, the others are choices. `python train.py quick --MAX_INDEX 128 --B 32` starts from
-a preset and overrides any field; the whole configuration travels as JSON inside every checkpoint, so that
-drawing from one needs nothing but its path.
+These are not the network's weights. Names in capitals are sizes, the others are choices. The comment beside a field is
+its `--help`. `python train.py quick --MAX_INDEX 128 --B 32` starts from a preset and overrides any field. The whole
+configuration is saved as JSON inside every checkpoint, so that sampling from one needs nothing but its path.
 """
 
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-RANGES = {  # lowest and highest allowed value
-    "MAX_INDEX": (0, 10_000_000),
-    "max_bad": (0.0, 1.0),
-    "H": (1, 1024),
-    "W": (1, 1024),
-    "TEXT_LEN": (2, 512),
-    "caption_variants": (0.0, 1.0),
-    "embedding_dropout": (0.0, 1.0),
-    "T": (2, 100_000),
-    "snr_gamma": (0.01, 1000.0),
-    "T_dim": (2, 4096),
-    "T_out": (1, 8192),
-    "BASE_DIM": (1, 4096),
-    "PATCH": (1, 64),
-    "BLOCKS": (1, 16),
-    "HEAD_DIM": (1, 1024),
-    "dropout": (0.0, 0.9),
-    "augmentation": (0.0, 1.0),
-    "B": (1, 65_536),
-    "accumulate": (1, 65_536),
-    "epochs": (1, 1_000_000),
-    "minutes": (0.0, 1_000_000.0),
-    "learning_rate": (0.0, 1.0),
-    "warmup": (0, 1_000_000),
-    "weight_decay": (0.0, 1.0),
-    "clip": (1e-6, 1e6),
-    "ema_short": (0.001, 0.28),
-    "ema_long": (0.001, 0.28),
-    "seed": (0, 2**31 - 1),
-    "log_every": (1, 1_000_000),
-    "sample_every": (1, 1_000_000),
-    "heldout": (0, 1_000_000),
-    "save_every": (1, 1_000_000),
-    "keep": (0, 1_000_000),
-}
+FORMER = {"max_bad", "snr_gamma", "low_discrepancy", "heldout"}  # fields that older checkpoints hold; not read any more
+
+
+def within(default: float, low: float, high: float) -> Any:
+    """A number between low and high, both allowed; `default` if nothing is said."""
+    return dataclasses.field(default=default, metadata={"range": (low, high)})
 
 
 @dataclass(frozen=True)
@@ -52,77 +23,60 @@ class Params:
     # Pictures and captions
     data: str = "emojiimage-dataset"  # folder with full_emoji.csv and image/<vendor>/<#>.png
     vendor: str = "Google"  # whose pictures: the folder under image/, or several joined by "+"
-    MAX_INDEX: int = 0  # train on the first MAX_INDEX rows of the CSV that have a picture (0: all)
-    max_bad: float = 0.05  # refuse a dataset with a larger share of broken rows and pictures
-    H: int = 64  # height of a picture, pixels
-    W: int = 64  # width of a picture, pixels
-    stream: bool = False  # decode pictures from the disk as training goes, where they do not fit in memory
-    CHANNELS: int = 3  # 1 grey, 3 colour on white, 4 colour with transparency
+    MAX_INDEX: int = within(0, 0, 10_000_000)  # train on the first MAX_INDEX rows that have a picture (0: all)
+    H: int = within(64, 1, 1024)  # height of a picture, pixels
+    W: int = within(64, 1, 1024)  # width of a picture, pixels
+    CHANNELS: Literal[1, 3, 4] = 3  # 1 grey, 3 colour on white, 4 colour with transparency
+    stream: bool = False  # read pictures from the disk during training, where they do not fit in memory
 
     # Text
     encoder: str = "BAAI/bge-small-en"  # frozen BERT: a hub name or a folder
-    TEXT_LEN: int = 32  # tokens of a caption; longer ones are cut
-    caption_variants: float = 0.0  # chance that training replaces a caption by one made from the row's keywords
-    embedding_dropout: float = 0.1  # chance that training replaces a caption by the empty one, for guidance
-    augmentation: float = (
-        0.0  # chance of each small change to a picture; the network is told, so none shows when drawing
-    )
+    TEXT_LEN: int = within(32, 2, 512)  # tokens of a caption; longer ones are cut
+    embedding_dropout: float = within(0.1, 0, 1)  # chance that a caption is replaced by the empty one, for guidance
+    caption_variants: float = within(0.0, 0, 1)  # chance that a caption is replaced by one made from the keywords
+    augmentation: float = within(0.0, 0, 1)  # chance of each small change to a picture; the network is told of it
 
     # Diffusion
-    T: int = 1000  # steps from picture to noise
+    T: int = within(1000, 2, 100_000)  # steps from picture to noise
     zero_terminal_snr: bool = False  # let step T hold no picture at all (not with eps)
     prediction: Literal["eps", "v", "x0"] = "eps"  # what the network predicts: noise, velocity, clean picture
     loss_weight: Literal["uniform", "min_snr"] = "uniform"  # of a noise level in the loss
-    snr_gamma: float = 5.0  # signal-to-noise ratio above which min_snr counts no level for more
-    low_discrepancy: bool = False  # spread the steps t of a batch evenly instead of drawing each by itself
 
     # Network
-    T_dim: int = 128  # size of the sinusoidal timestep embedding
-    T_out: int = 512  # size of the timestep embedding after its MLP
-    BASE_DIM: int = 128  # channels at the first resolution
+    T_dim: int = within(128, 2, 4096)  # size of the sinusoidal timestep embedding
+    T_out: int = within(512, 1, 8192)  # size of the timestep embedding after its MLP
+    BASE_DIM: int = within(128, 1, 4096)  # channels at the first resolution
     DIM_MULTS: tuple[int, ...] = (1, 2, 2, 2)  # channels per resolution, in units of BASE_DIM; each halves the size
-    PATCH: int = 1  # pixels per side folded into channels at entry, unfolded at exit
-    BLOCKS: int = 2  # ResNet blocks per resolution
+    PATCH: int = within(1, 1, 64)  # pixels per side that are folded into channels at entry, unfolded at exit
+    BLOCKS: int = within(2, 1, 16)  # ResNet blocks per resolution
     self_attention: tuple[int, ...] = (2, 3)  # resolutions with self-attention (0: the first)
     cross_attention: tuple[int, ...] = (1, 2, 3)  # resolutions with cross-attention to the caption's tokens
-    HEAD_DIM: int = 64  # channels per attention head
-    dropout: float = 0.0  # share of features that training leaves out in each ResNet block
+    HEAD_DIM: int = within(64, 1, 1024)  # channels per attention head
+    dropout: float = within(0.0, 0, 0.9)  # share of features that training leaves out in each ResNet block
     compute: Literal["float32", "bfloat16"] = "float32"  # in the network; weights, loss and statistics stay float32
 
     # Training
-    B: int = 64  # batch size, pictures
-    accumulate: int = 1  # parts that a batch is worked through in, where memory does not hold it at once
-    epochs: int = 2000  # passes over the pictures
-    minutes: float = 0.0  # end after so much time in training steps, if that comes first (0: no limit)
-    learning_rate: float = 2e-4  # AdamW, after warm-up
-    warmup: int = 500  # steps of linear warm-up
-    decay: Literal["constant", "cosine", "linear"] = (
-        "constant"  # of the learning rate after that, to 0 at the last step
-    )
-    weight_decay: float = 0.01  # AdamW
-    clip: float = 1.0  # largest norm of a gradient
-    ema_short: float = 0.05  # length of the average of the weights that draws, as a share of the run so far
-    ema_long: float = 0.1  # length of a second, longer average
-    seed: int = 0  # of the initial weights, the order of the data, the noise
+    B: int = within(64, 1, 65_536)  # batch size, pictures
+    accumulate: int = within(1, 1, 65_536)  # parts that a batch is computed in, where memory does not hold it at once
+    epochs: int = within(2000, 1, 1_000_000)  # passes over the pictures
+    minutes: float = within(0.0, 0, 1_000_000)  # end after this time in training steps, if it comes first (0: no limit)
+    learning_rate: float = within(2e-4, 0, 1)  # AdamW, after warm-up
+    warmup: int = within(500, 0, 1_000_000)  # steps of linear warm-up
+    decay: Literal["constant", "cosine", "linear"] = "constant"  # of the learning rate after warm-up, to 0 at the end
+    weight_decay: float = within(0.01, 0, 1)  # AdamW
+    clip: float = within(1.0, 1e-6, 1e6)  # largest norm of a gradient
+    ema_short: float = within(0.05, 0.001, 0.28)  # length of the average of weights that samples, as a share of the run
+    ema_long: float = within(0.1, 0.001, 0.28)  # length of a second, longer average
+    seed: int = within(0, 0, 2**31 - 1)  # of the initial weights, the order of the data, the noise
 
     # Records
-    log_every: int = 50  # steps between two lines of metrics.jsonl
-    sample_every: int = 100  # epochs between two sample grids
-    heldout: int = 64  # held-out pictures whose loss is measured beside each sample grid
-    save_every: int = 100  # epochs between two checkpoints
-    keep: int = 0  # checkpoints epoch{N} to keep, the newest (0: all)
+    log_every: int = within(50, 1, 1_000_000)  # steps between two lines of metrics.jsonl
+    sample_every: int = within(100, 1, 1_000_000)  # epochs between two sample grids
+    save_every: int = within(100, 1, 1_000_000)  # epochs between two checkpoints
+    keep: int = within(0, 0, 1_000_000)  # checkpoints epoch{N} to keep, the newest (0: all)
 
     def __post_init__(self):
-        for field, (low, high) in RANGES.items():
-            value = getattr(self, field)
-            if not (math.isfinite(value) and low <= value <= high):
-                raise ValueError(f"{field} = {value}: allowed are values from {low} to {high}")
-        if self.CHANNELS not in (1, 3, 4):
-            raise ValueError(f"CHANNELS = {self.CHANNELS}: allowed are 1 (grey), 3 (colour), 4 (with transparency)")
-        for field in ("prediction", "loss_weight", "compute", "decay"):
-            allowed = get_args(get_type_hints(type(self))[field])
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"{field} = {getattr(self, field)!r}: allowed are {', '.join(map(repr, allowed))}")
+        check_fields(self)
         if self.zero_terminal_snr and self.prediction == "eps":
             raise ValueError(
                 "zero_terminal_snr = True: not with prediction = 'eps', as the noise says nothing about the picture "
@@ -131,11 +85,7 @@ class Params:
         if self.zero_terminal_snr and self.loss_weight == "min_snr":
             raise ValueError(
                 "zero_terminal_snr = True: not with loss_weight = 'min_snr', which would give no weight to step T, "
-                "where drawing begins; allowed is 'uniform'"
-            )
-        if self.snr_gamma != Params.snr_gamma and self.loss_weight == "uniform":
-            raise ValueError(
-                f"snr_gamma = {self.snr_gamma}: read only with loss_weight = 'min_snr', not with 'uniform'"
+                "where sampling begins; allowed is 'uniform'"
             )
         if self.decay != "constant" and self.minutes:
             raise ValueError(
@@ -158,16 +108,12 @@ class Params:
                     f"(PATCH {self.PATCH}, halved between {len(self.DIM_MULTS)} resolutions)"
                 )
         for field in ("self_attention", "cross_attention"):
-            if not set(getattr(self, field)) <= set(range(len(self.DIM_MULTS))):
-                raise ValueError(
-                    f"{field} = {getattr(self, field)}: allowed are resolutions from 0 to {len(self.DIM_MULTS) - 1}"
-                )
-        for level in {*self.self_attention, *self.cross_attention}:
-            if self.BASE_DIM * self.DIM_MULTS[level] % self.HEAD_DIM:
-                raise ValueError(
-                    f"HEAD_DIM = {self.HEAD_DIM}: it must divide the {self.BASE_DIM * self.DIM_MULTS[level]} "
-                    f"channels of resolution {level}"
-                )
+            levels = getattr(self, field)
+            if not set(levels) <= set(range(len(self.DIM_MULTS))):
+                raise ValueError(f"{field} = {levels}: allowed are resolutions from 0 to {len(self.DIM_MULTS) - 1}")
+            for channels in (self.BASE_DIM * self.DIM_MULTS[level] for level in levels):
+                if channels % self.HEAD_DIM:
+                    raise ValueError(f"HEAD_DIM = {self.HEAD_DIM}: it must divide the {channels} channels of {field}")
 
     def to_json(self) -> dict:
         return dataclasses.asdict(self)
@@ -175,10 +121,24 @@ class Params:
     @classmethod
     def from_json(cls, saved: dict) -> "Params":
         """The configuration saved in a checkpoint; ValueError names the fields that this version does not know."""
-        unknown = saved.keys() - {field.name for field in dataclasses.fields(cls)}
+        unknown = saved.keys() - {field.name for field in dataclasses.fields(cls)} - FORMER
         if unknown:
             raise ValueError(f"unknown fields {sorted(unknown)}: the configuration was saved by another version")
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
+        known = {name: value for name, value in saved.items() if name not in FORMER}
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
+
+
+def check_fields(config: Any) -> None:
+    """Raise ValueError, naming the field, where a value is outside its range or is none of its choices."""
+    hints = get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, choices = getattr(config, field.name), get_args(hints[field.name])
+        if "range" in field.metadata:
+            low, high = field.metadata["range"]
+            if not (math.isfinite(value) and low <= value <= high):
+                raise ValueError(f"{field.name} = {value}: allowed are values from {low} to {high}")
+        elif get_origin(hints[field.name]) is Literal and value not in choices:
+            raise ValueError(f"{field.name} = {value!r}: allowed are {', '.join(map(repr, choices))}")
 
 
 _cpu = Params(
@@ -211,11 +171,6 @@ def flags(config: Params, preset: str) -> list[str]:
 
 Sampler = Literal["ddim", "ddpm", "heun", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m"]  # keys of samplers.SOLVERS
 Spacing = Literal["trailing", "log_snr"]  # keys of samplers.SPACINGS
-
-
-def within(default, low: float, high: float):
-    """A number between low and high, both allowed; `default` if nothing is said."""
-    return dataclasses.field(default=default, metadata={"range": (low, high)})
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,6 @@ from typing import Literal
 
 import tyro
 
-SHOWN = 144  # pictures on the contact sheet
-
 
 @dataclass(frozen=True)
 class Options:
@@ -43,29 +41,23 @@ def main(options: Options) -> int:
 
 
 def prepare(root: Path, vendor: str) -> int:
+    import numpy as np
+
     import dataset
+    from images import captioned_grid, save_png
     from sources import emojis
 
     vendor = emojis.prepare(root, "" if vendor == "any" else vendor)
     pictures = dataset.load(root, vendor=vendor, limit=0, height=64, width=64, channels=4)
+    some = np.unique(np.linspace(0, len(pictures.names) - 1, 144).round().astype(int))
+    grid = captioned_grid(pictures.images[some], [pictures.names[i] for i in some], columns=16, cell=96)
     sheet = root / f"contact_sheet_{vendor}.png"
-    contact_sheet(pictures, sheet)
+    save_png(grid, sheet)
     print(
         f"{len(pictures.names)} pictures with captions ({pictures.heldout.sum()} of them held out) are in "
         f"{root / 'image' / vendor} and {root / dataset.CSV}; {sheet} shows some of them. Next: python train.py quick"
     )
     return 0
-
-
-def contact_sheet(pictures, path: Path) -> None:
-    """A few pictures from all over the dataset."""
-    import numpy as np
-
-    from images import captioned_grid, save_png
-
-    some = np.unique(np.linspace(0, len(pictures.names) - 1, SHOWN).round().astype(int))
-    grid = captioned_grid(pictures.images[some], [pictures.names[i] for i in some], columns=16, cell=96)
-    save_png(grid, path)
 
 
 def check(root: Path) -> int:
@@ -74,9 +66,9 @@ def check(root: Path) -> int:
     faults = dataset.check(root)
     for where, what in faults:
         print(f"{where}: {what}")
-    counts = {vendor: len(list((root / "image" / vendor).glob("*.png"))) for vendor in dataset.vendors(root)}
+    counts = [f"{len([*(root / 'image' / vendor).glob('*.png')])} {vendor}" for vendor in dataset.vendors(root)]
     verdict = f"{len(faults)} faulty rows and pictures" if faults else "no faults"
-    print(f"{root}: {verdict}; pictures: {', '.join(f'{n} {vendor}' for vendor, n in counts.items()) or 'none'}")
+    print(f"{root}: {verdict}; pictures: {', '.join(counts) or 'none'}")
     return 1 if faults else 0
 
 

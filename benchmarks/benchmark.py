@@ -11,8 +11,8 @@
 Everything in one run. Rounds of all that is timed alternate and medians are reported, for a step's ratios those of
 rounds of their own, so that a machine whose speed drifts bends no ratio. FLOPs are those of matrix products and
 convolutions, counted in the program (count.py): a multiply-add is two, a tap on the padding counts. A convolution
-counts as it is written, as the peer's do, also where a CPU gets by with fewer multiplications (kernels.py): the share that
-it is left with is `arithmetic_over_counted`. The numbers go to benchmarks/benchmark.json.
+counts as it is written, as the peer's do, also where a CPU gets by with fewer multiplications (kernels.py): the share
+that it is left with is `arithmetic_over_counted`. The numbers go to benchmarks/benchmark.json.
 """
 
 import argparse
@@ -40,6 +40,7 @@ from flax import nnx
 
 import dataloader
 import dataset
+import ema
 import files
 import parallel
 import schedule as schedules
@@ -99,80 +100,71 @@ def ratio(one: np.ndarray, other: np.ndarray) -> float:
 # A preset.
 
 
-def bare_step(config: Params, graphdef: nnx.GraphDef, data: dataloader.Data, keys: training.Keys) -> Callable:
-    """A training step without averages, records and guard; it keeps its own state."""
-    schedule = schedules.from_config(config)
+def bare_step(config: Params, graphdef: nnx.GraphDef, data: dataloader.Data, rows: dataloader.Rows) -> Callable:
+    """A training step without averages, metrics and guard; it keeps its own state."""
+    schedule, tx = schedules.from_config(config), training.optimizer(config, steps=1)
 
-    def step(state: tuple, data: dataloader.Data) -> tuple[tuple, jax.Array]:
-        weights, moments, number = state
-        batch = dataloader.batch_of(data, keys.order, keys.dropout, number, config)
-        t_key, noise_key = jax.random.split(jax.random.fold_in(keys.noise, number))
-        t, noise = training.random_steps(t_key, config), jax.random.normal(noise_key, batch.image.shape)
+    def step(state: tuple, data: dataloader.Data, rows: dataloader.Rows) -> tuple[tuple, jax.Array]:
+        weights, opt_state, number = state
+        batch = dataloader.batch(dataloader.gather(data, jax.tree.map(lambda part: part[0], rows)))
+        t_key, noise_key = jax.random.split(jax.random.fold_in(jax.random.key(1), number))
+        t = jax.random.randint(t_key, (config.B,), 1, config.T + 1)
+        noise = jax.random.normal(noise_key, batch.image.shape)
 
         def objective(weights: dict) -> jax.Array:
             model = network(config, graphdef, weights)
-            return training.loss_at(model, batch, noise, t, schedule, config.prediction).mean()
+            return training.squared_error(model, batch, noise, t, schedule, config.prediction).mean()
 
         loss, gradient = jax.value_and_grad(objective)(weights)
-        weights, moments = optimized(weights, moments, gradient, config)
-        return (weights, moments, number + 1), loss
+        updates, opt_state = tx.update(gradient, opt_state, weights)
+        return (optax.apply_updates(weights, updates), opt_state, number + 1), loss
 
     compiled = jax.jit(step, donate_argnums=0)
-    weights = training.init(config, made_up.TEXT_DIM, jax.random.key(0)).weights
-    rest = training.Moments(*(jax.tree.map(jnp.zeros_like, weights) for _ in range(2)), jnp.int32(0))
-    state = (weights, rest, jnp.int32(0))
+    weights = training.init_state(config, made_up.TEXT_DIM, jax.random.key(0)).weights
+    state = (weights, tx.init(weights), jnp.int32(0))
 
     def run() -> jax.Array:
         nonlocal state
-        state, loss = compiled(state, data)
+        state, loss = compiled(state, data, rows)
         return loss
 
     return run
 
 
-def optimized(weights: dict, moments: training.Moments, gradient: dict, config: Params) -> tuple:
-    """Weights and moments after a step of AdamW behind a clipped gradient norm."""
-    clipped = optax.tree.scale(config.clip / jnp.maximum(optax.tree.norm(gradient), config.clip), gradient)
-    moments = jax.lax.optimization_barrier(training.moments_after(moments, clipped))
-    return training.adamw(weights, moments, config.learning_rate, config.weight_decay), moments
-
-
 def preset(config: Params, rounds: int) -> dict:
     """Everything about one preset, beside the ceilings of the same rounds."""
-    _, keys = training.streams(0)
-    data = made_up.data(config, config.MAX_INDEX or ENOUGH)
-    graphdef = training.structure(config, made_up.TEXT_DIM)
-    state = training.init(config, made_up.TEXT_DIM, jax.random.key(0))
+    graphdef = training.graphdef(config, made_up.TEXT_DIM)
+    state, data, rows, key = made_up.arguments(config, config.MAX_INDEX or ENOUGH)
     weights = jax.tree.map(jnp.copy, state.weights)  # the state's own buffers are taken by its first step
     step = training.build_train_step(config, graphdef)
-    jaxpr = jax.make_jaxpr(step)(state, data, keys).jaxpr
+    jaxpr = jax.make_jaxpr(step)(state, data, rows, key).jaxpr
     flops, computed = count_flops(jaxpr), count_flops(jaxpr, min if jax.default_backend() == "cpu" else max)
     jax.clear_caches()
     start = time.perf_counter()
-    compiled = step.lower(state, data, keys).compile()
+    compiled = step.lower(state, data, rows, key).compile()
     cold = time.perf_counter() - start
     jax.clear_caches()
     start = time.perf_counter()
-    training.build_train_step(config, graphdef).lower(state, data, keys).compile()
+    training.build_train_step(config, graphdef).lower(state, data, rows, key).compile()
     cached = time.perf_counter() - start
     memory = compiled.memory_analysis()
 
-    batch = jax.jit(lambda data, number: dataloader.batch_of(data, keys.order, keys.dropout, number, config))
-    first = batch(data, jnp.int32(0))
+    batch = jax.jit(lambda data, rows: dataloader.batch(dataloader.gather(data, jax.tree.map(lambda x: x[0], rows))))
+    first, table = batch(data, rows), dataloader.Table(np.arange(ENOUGH)[:, None], 1 + np.arange(ENOUGH)[:, None])
     inputs = (first.image, jnp.ones(config.B, jnp.int32), first.text_emb, first.text_mask)
     one = tuple(array[:1] for array in inputs)
     forward = jax.jit(lambda weights, *inputs: network(config, graphdef, weights)(*inputs))
     gradient = jax.jit(jax.grad(lambda weights, *inputs: (forward(weights, *inputs) ** 2).mean()))
-    mean, square = jax.tree.map(jnp.copy, weights), jax.tree.map(jnp.abs, weights)
-    moments, averages = training.Moments(mean, square, jnp.int32(1)), training.Averages(mean, square)
-    optimizer = jax.jit(lambda weights, moments: optimized(weights, moments, moments.mean, config))
-    averaging = jax.jit(lambda averages, weights: training.averages(averages, weights, jnp.int32(1), config))
+    opt_state, averages = jax.tree.map(jnp.copy, (state.opt_state, state.ema))
+    tx = training.optimizer(config, steps=1)
+    optimizer = jax.jit(lambda weights, opt_state: tx.update(weights, opt_state, weights))
+    averaging = jax.jit(lambda averages, weights: ema.update(averages, weights, jnp.int32(1), config))
     host = []
 
     def train() -> jax.Array:
         nonlocal state
         start = time.perf_counter()
-        state, loss = compiled(state, data, keys)
+        state, loss = compiled(state, data, rows, key)
         host.append(time.perf_counter() - start)
         return jax.block_until_ready((state.weights, loss))
 
@@ -187,12 +179,12 @@ def preset(config: Params, rounds: int) -> dict:
     }
     functions = ceilings() | {
         "step": train,
-        "bare step": bare_step(config, graphdef, data, keys),
+        "bare step": bare_step(config, graphdef, data, rows),
         "forward": lambda: forward(weights, *inputs),
         "gradient": lambda: gradient(weights, *inputs),
-        "optimizer": lambda: optimizer(weights, moments),
+        "optimizer": lambda: optimizer(weights, opt_state),
         "averages": lambda: averaging(averages, weights),
-        "batch": lambda: batch(data, jnp.int32(1)),
+        "batch": lambda: batch(data, parallel.replicate(dataloader.rows(table, 1, 1, config))),
         "evaluations": evaluations,
         **{name: lambda draw=draw: draw(weights) for name, draw in draws.items()},
     }
@@ -217,7 +209,7 @@ def preset(config: Params, rounds: int) -> dict:
             "forward": took["forward"] / took["step"],
             "backward": (took["gradient"] - took["forward"]) / took["step"],
             "optimizer": took["optimizer"] / took["step"],
-            "averages": took["averages"] / training.EMA_EVERY / took["step"],
+            "averages": took["averages"] / ema.EVERY / took["step"],
             "batch": took["batch"] / took["step"],
             "host, before it may go on": statistics.median(host) / took["step"],
         },
@@ -247,7 +239,7 @@ def preparation(config: Params) -> dict[str, float]:
     kept = files.CACHE
     with tempfile.TemporaryDirectory() as folder:
         files.CACHE = Path(folder)
-        cold, warm = (seconds(dataset.of, config, ROOT / config.data) for _ in range(2))
+        cold, warm = (seconds(dataset.from_config, config, ROOT / config.data) for _ in range(2))
         encoder(names, config.TEXT_LEN)  # compiles
         first, again = (seconds(dataloader.encode, encoder, names, config.TEXT_LEN) for _ in range(2))
         files.CACHE = kept

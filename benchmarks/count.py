@@ -3,7 +3,7 @@
 A multiply-add is two FLOPs. A tap on the padding counts, as torch counts it; the zeros that the gradient of a strided
 convolution puts between its pixels do not. Bytes are those of the operands, each read once, and of the result, written
 once. A loop of known length counts as often as it runs. Of the branches of a condition counts the one with most FLOPs:
-where the platform decides how to convolve (kernels.py), the plain convolution. `choose=min` counts the cheapest instead:
+where the platform decides how to convolve (kernels.py), the plain convolution. `choose=min` counts the cheapest branch:
 for pictures of even sides, what a CPU does.
 
 Imports no JAX: peer.py also runs where there is none.

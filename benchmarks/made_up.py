@@ -1,4 +1,4 @@
-"""What the benchmarks train and draw: random pictures and captions of a preset's sizes; speed sees no difference."""
+"""What the benchmarks train and sample: random pictures and captions of a preset's sizes; speed sees no difference."""
 
 from collections.abc import Callable
 
@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+import parallel
 import samplers
 import schedule
-from dataloader import Data, one_each
+import training
+from dataloader import Data, Rows
 from params import Params
 from sampling import Controls, Request, build_sampler
 
@@ -17,15 +19,29 @@ TEXT_DIM = 384  # numbers per token, as of MiniLM and bge-small-en
 
 
 def data(config: Params, pictures: int) -> Data:
+    """So many pictures with a caption each, after the empty one."""
     random = np.random.default_rng(0)
     return Data(
         jnp.asarray(random.integers(0, 256, (pictures, config.H, config.W, config.CHANNELS)), jnp.uint8),
-        jnp.asarray(random.normal(size=(pictures, config.TEXT_LEN, TEXT_DIM)), jnp.float32),
-        jnp.ones((pictures, config.TEXT_LEN), bool),
-        jnp.zeros((config.TEXT_LEN, TEXT_DIM)),
-        jnp.ones(config.TEXT_LEN, bool),
-        one_each(pictures),
+        jnp.asarray(random.normal(size=(1 + pictures, config.TEXT_LEN, TEXT_DIM)), jnp.float32),
+        jnp.ones((1 + pictures, config.TEXT_LEN), bool),
     )
+
+
+def arguments(config: Params, pictures: int, steps: int = 1) -> tuple:
+    """What a training step takes: state, data, rows of so many steps, key."""
+    chosen = np.random.default_rng(1).integers(pictures, size=(steps, config.B), dtype=np.int32)
+    state = jax.jit(training.init_state, static_argnums=(0, 1))(config, TEXT_DIM, jax.random.key(0))
+    rows = Rows(chosen, 1 + chosen)
+    return parallel.replicate((state, data(config, pictures), rows, jax.random.key(1)))
+
+
+def shapes(config: Params, pictures: int) -> tuple:
+    """The same as shapes without arrays."""
+    rows = jax.ShapeDtypeStruct((1, config.B), jnp.int32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    state = jax.eval_shape(lambda key: training.init_state(config, TEXT_DIM, key), key)
+    return state, jax.eval_shape(lambda: data(config, pictures)), Rows(rows, rows), key
 
 
 def drawer(
@@ -33,11 +49,11 @@ def drawer(
 ) -> Callable[[dict], jax.Array]:
     """weights -> pictures: this project's sampler on a guided batch."""
     sample = build_sampler(config, graphdef)
-    along = tuple(samplers.timesteps(schedule.from_config(config), "trailing", steps).tolist())
+    timesteps = tuple(samplers.timesteps(schedule.from_config(config), "trailing", steps).tolist())
     text_emb, text_mask = (
-        jnp.stack([part[:pictures], jnp.broadcast_to(null, part[:pictures].shape)], axis=1)
-        for part, null in ((data.text_emb, data.null_emb), (data.text_mask, data.null_mask))
+        jnp.stack([part[1 : 1 + pictures], jnp.broadcast_to(part[0], part[1 : 1 + pictures].shape)], axis=1)
+        for part in (data.text_emb, data.text_mask)
     )
     request = Request(jnp.arange(pictures)[:, None], text_emb, text_mask)
     controls = Controls(jnp.float32(7), jnp.zeros(()), None, None, eta=jnp.zeros(()), temperature=jnp.ones(()))
-    return lambda weights: sample(weights, None, request, controls, sampler=sampler, timesteps=along)[0]
+    return lambda weights: sample(weights, None, request, controls, sampler=sampler, timesteps=timesteps)[0]

@@ -11,7 +11,7 @@ the same batch, sizes of pictures and captions, number of cores:
 
     train   one step. Here: training.build_train_step. There: a UNet2DConditionModel, mean squared error, gradient
             clipping, AdamW, two averages of the weights (torch._foreach_lerp_); float32, and bf16 autocast
-    draw    a batch of pictures with classifier-free guidance, one doubled batch per step. Here: drawing.build_draw.
+    draw    a batch of pictures with classifier-free guidance, one doubled batch per step. Here: sampling.build_sampler.
             There: a DiffusionPipeline without a VAE, DDIMScheduler, inference_mode; float32, and bf16 weights
 
 The peer's network has the preset's plan: the same folded pixels at entry, resolutions, blocks, attention at the same
@@ -94,16 +94,14 @@ def ours(config, *, pictures: int, steps: int) -> tuple[dict[str, Trial], dict]:
     import training
     from model import network
 
-    data = made_up.data(config, IMAGES)
-    _, keys = training.streams(0)
-    graphdef = training.structure(config, TEXT_DIM)
-    state = training.init(config, TEXT_DIM, jax.random.key(0))
+    graphdef = training.graphdef(config, TEXT_DIM)
+    state, data, rows, key = made_up.arguments(config, IMAGES)
     train_step = training.build_train_step(config, graphdef)
     draw_pictures = made_up.drawer(config, graphdef, data, pictures=pictures, sampler="ddim", steps=steps)
 
     def train() -> None:
         nonlocal state
-        state, loss = train_step(state, data, keys)
+        state, loss = train_step(state, data, rows, key)
         loss.block_until_ready()
 
     def draw() -> None:

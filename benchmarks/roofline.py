@@ -3,7 +3,7 @@
 Every matrix product and convolution of the training step, forward and backward, is read from its jaxpr (count.py) and
 takes as long as its FLOPs at the peak rate, or as its bytes through the memory, whichever is longer (Williams et al.
 2009). All else costs no time, as if it were fused into these, but for what the state moves: each weight, its two
-moments and its gradient (read twice, first for its norm) through AdamW, both averages every eighth step, in bf16 a copy
+moments and its gradient (read twice, first for its norm) through AdamW, both averages every tenth step, in bf16 a copy
 of the weights; and the pictures and captions of a batch. Nothing is measured, but with --measure: the same steps on the
 accelerator that JAX finds, ten of them as one program, as train.py takes them there.
 
@@ -35,10 +35,10 @@ import jax
 import made_up
 from count import Operation, operations
 
+import ema
 import parallel
 import training
 from params import PRESETS, Params
-from train import TOGETHER
 
 BANDWIDTH = 3.35e12  # bytes per second
 PEAKS = {"bf16": 989e12, "TF32": 495e12, "float32": 67e12}  # FLOP per second
@@ -48,18 +48,16 @@ PICTURES = 1824
 @cache
 def step_operations(config: Params) -> tuple[list[Operation], int]:
     """The matrix products and convolutions of a training step, and the number of weights."""
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    state = jax.eval_shape(lambda key: training.initial(config, made_up.TEXT_DIM, key), key)
-    data = jax.eval_shape(lambda: made_up.data(config, config.MAX_INDEX or PICTURES))
-    step = training.build_train_step(config, training.structure(config, made_up.TEXT_DIM), steps=1)
-    jaxpr = jax.make_jaxpr(step)(state, data, training.Keys(*[key] * len(training.Keys._fields)))
+    state, *inputs = made_up.shapes(config, config.MAX_INDEX or PICTURES)
+    step = training.build_train_step(config, training.graphdef(config, made_up.TEXT_DIM), steps=1)
+    jaxpr = jax.make_jaxpr(step)(state, *inputs)
     return list(operations(jaxpr.jaxpr)), sum(leaf.size for leaf in jax.tree.leaves(state.weights))
 
 
 def state_bytes(weights: int, config: Params) -> float:
     """Bytes of weights, gradient, moments, averages and batch that a step moves outside the network."""
     adamw = 5 + 3  # gradient twice, weight and two moments read; weight and moments written
-    averages = (3 + 2) / training.EMA_EVERY
+    averages = (3 + 2) / ema.EVERY
     copy = 1.5 if config.compute == "bfloat16" else 0  # float32 read, bf16 written
     picture = config.H * config.W * config.CHANNELS
     caption = 4 * config.TEXT_LEN * made_up.TEXT_DIM
@@ -100,18 +98,17 @@ def roofline(config: Params, arithmetic: str) -> dict[str, float]:
 def measured(config: Params, arithmetic: str, rounds: int = 9) -> dict[str, float]:
     """What a step takes on this machine, the median of some programs of ten, and the memory that it needs."""
     config = computing_in(config, arithmetic)
-    n = TOGETHER if parallel.on_accelerator() else 1
-    data, (init_key, keys) = made_up.data(config, config.MAX_INDEX or PICTURES), training.streams(0)
-    state = training.init(config, made_up.TEXT_DIM, init_key)
+    n = ema.EVERY if parallel.on_accelerator() else 1
+    state, *inputs = made_up.arguments(config, config.MAX_INDEX or PICTURES, n)
     with jax.default_matmul_precision("highest" if arithmetic == "float32" else "default"):
-        step = training.build_train_step(config, training.structure(config, made_up.TEXT_DIM))
+        step = training.build_train_step(config, training.graphdef(config, made_up.TEXT_DIM))
         start = time.perf_counter()
-        steps = training.several(step, n).lower(state, data, keys).compile()
+        steps = step.lower(state, *inputs).compile()
     compiling = time.perf_counter() - start
     times = []
     for _ in range(rounds + 2):
         start = time.perf_counter()
-        state, loss = steps(state, data, keys)
+        state, loss = steps(state, *inputs)
         loss.block_until_ready()
         times.append((time.perf_counter() - start) / n)
     memory = steps.memory_analysis()

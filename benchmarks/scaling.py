@@ -129,16 +129,14 @@ def steps(cases: list[tuple[Params, int]], rounds: int) -> list[Row]:
     parallel.setup()
     running, costs, times = [], [], [[] for _ in cases]
     for config, pictures in cases:
-        init_key, keys = training.streams(0)
-        state = training.init(config, made_up.TEXT_DIM, init_key)
-        source, keys = parallel.replicate((made_up.data(config, pictures), keys))
-        built = training.build_train_step(config, training.structure(config, made_up.TEXT_DIM))
-        step = built.lower(state, source, keys).compile()
+        state, *inputs = made_up.arguments(config, pictures)
+        built = training.build_train_step(config, training.graphdef(config, made_up.TEXT_DIM))
+        step = built.lower(state, *inputs).compile()
         memory = step.memory_analysis()
         held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-        flops = count_flops(jax.make_jaxpr(built)(state, source, keys).jaxpr) / config.B
+        flops = count_flops(jax.make_jaxpr(built)(state, *inputs).jaxpr) / config.B
         costs.append({"memory, MiB": held / 2**20, "GFLOP per picture": flops / 1e9})
-        running.append([step, state, source, keys])
+        running.append([step, state, *inputs])
     for _ in range(1 + rounds):
         for run, taken in zip(running, times, strict=True):
             step, state, *inputs = run

@@ -1,11 +1,11 @@
-"""Compare text encoders: `python compare_encoders.py quick --encoders A B C --minutes 5 --output encoders`.
+"""Compare text encoders: `python -m evaluation.compare_encoders quick --encoders A B C --minutes 5 --output encoders`.
 
 Trains the same preset once with each encoder, for equally many minutes of training steps, and evaluates each run with
-`evaluate.py --report`. What remains to be told apart is the encoder. Useful company for an encoder: `NAME:random`, its
-shape with random weights (what knowing nothing of words is worth), and `NAME:words`, its word embeddings alone.
+`evaluate.py --report`. Useful company for an encoder: `NAME:random`, its shape with random weights (what knowing
+nothing of words is worth), and `NAME:words`, its word embeddings alone.
 
-Each run has a folder of its own, OUTPUT/<number>_<encoder>. A second call goes on where the first was stopped, and
-prints the table at once when everything is done: OUTPUT/encoders.md, with the same numbers in OUTPUT/encoders.json.
+Each run has a folder of its own, OUTPUT/<number>_<encoder>; the table is OUTPUT/encoders.md. The same command again
+goes on where it was stopped, and prints the table at once when everything is done.
 """
 
 import json
@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +21,7 @@ import tyro
 
 from params import PRESETS
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 COLUMNS = {  # of the table: name, on, by of the score; any measure where it says nothing
     "own picture nearest": ("caption accuracy, top 1", "training", "pixels"),
@@ -42,11 +42,12 @@ class Options:
 
 
 def main() -> None:
-    options = tyro.cli(Options, description=__doc__, use_underscores=True)
+    prog = "python -m evaluation.compare_encoders"
+    options = tyro.cli(Options, prog=prog, description=__doc__, use_underscores=True)
     try:
         compare(options)
     except (ValueError, OSError) as error:
-        sys.exit(f"compare_encoders.py: {error}")
+        sys.exit(f"compare_encoders: {error}")
     except KeyboardInterrupt:
         sys.exit("\ninterrupted: what is trained is kept, the same command goes on")
 
@@ -57,19 +58,26 @@ def compare(options: Options) -> None:
 
     check(options)
     report.pyplot()  # missing? rather now than after the training
-    folders = []
+    results = []
     for number, encoder in enumerate(options.encoders, 1):
-        name = re.sub(r"[^\w.-]+", "_", encoder).strip("_")
-        folders.append(options.output / f"{number}_{name[-60:]}")
         print(f"[{number} of {len(options.encoders)}] {encoder}", flush=True)
-        train(options, text_encoder.resolved(encoder), folders[-1])
-        evaluate(options, folders[-1])
-    table = write_table(options, [report.read(folder / "report" / "results.json") for folder in folders])
-    print(f"\n{table}\n\n{options.output / 'encoders.md'} written; each run's page is report/report.html in its folder")
+        name = re.sub(r"[^\w.-]+", "_", encoder).strip("_")
+        run = options.output / f"{number}_{name[-60:]}"
+        if not (run / "final").is_dir():
+            words = ["--encoder", text_encoder.resolved(encoder), "--minutes", options.minutes, "--epochs", 1_000_000]
+            words += ["--data", options.data] if options.data else []
+            words += ["--vendor", options.vendor] if options.vendor else []
+            run_script("train.py", options.preset, "--resume", *words, "--output", run)
+        page = run / "report"
+        if not (page / "results.json").is_file():
+            run_script("evaluate.py", "--checkpoint", run / "final", "--samples", options.samples, "--report", page)
+        results.append(report.read(page / "results.json"))
+    print(f"\n{write_table(options, results)}")
+    print(f"{options.output / 'encoders.md'} written; each run's page is report/report.html in its folder")
 
 
 def check(options: Options) -> None:
-    """Refuse what cannot be compared, and a folder in which something else was."""
+    """Refuse what cannot be compared, and a folder that holds another comparison."""
     from files import replacing
 
     if options.preset not in PRESETS:
@@ -78,36 +86,19 @@ def check(options: Options) -> None:
         raise ValueError("--encoders: name one or more different ones")
     if not options.minutes > 0:
         raise ValueError(f"--minutes {options.minutes:g}: allowed are numbers above 0")
-    asked = {field: str(getattr(options, field)) for field in ("preset", "minutes", "samples", "data", "vendor")}
-    asked["encoders"] = list(options.encoders)
+    asked = json.loads(json.dumps(asdict(options), default=str))
+    del asked["output"]
     file = options.output / "asked.json"
     if file.exists() and (before := json.loads(file.read_text())) != asked:
-        differ = [f"--{field} was {before.get(field)}" for field in asked if before.get(field) != asked[field]]
+        differ = [f"--{name} was {before.get(name)}" for name in asked if before.get(name) != asked[name]]
         raise ValueError(f"{options.output} holds another comparison ({'; '.join(differ)}); choose another --output")
     with replacing(file) as beside:
         beside.write_text(json.dumps(asked))
 
 
-def train(options: Options, encoder: str, folder: Path) -> None:
-    """Train into `folder` unless it holds the end of a run; goes on from the checkpoint of one that was stopped."""
-    if (folder / "final").is_dir():
-        return
-    words = ["--encoder", encoder, "--minutes", options.minutes, "--epochs", 1_000_000, "--output", folder]
-    words += ["--data", options.data] if options.data else []
-    words += ["--vendor", options.vendor] if options.vendor else []
-    call("train.py", options.preset, "--resume", *words)
-
-
-def evaluate(options: Options, folder: Path) -> None:
-    if not (folder / "report" / "results.json").is_file():
-        call(
-            "evaluate.py", "--checkpoint", folder / "final", "--samples", options.samples, "--report", folder / "report"
-        )
-
-
-def call(script: str, *words: object) -> None:
+def run_script(script: str, *words: object) -> None:
     """Run a script to its end; a Ctrl-C reaches it too, and is raised here once it has saved and stopped."""
-    running = subprocess.Popen([sys.executable, str(HERE / script), *map(str, words)])
+    running = subprocess.Popen([sys.executable, str(ROOT / script), *map(str, words)])
     try:
         code = running.wait()
     except KeyboardInterrupt:
@@ -117,35 +108,29 @@ def call(script: str, *words: object) -> None:
         raise ValueError(f"{script} stopped with an error, see above; the same command goes on from there")
 
 
-def write_table(options: Options, runs: Sequence[dict]) -> str:
+def write_table(options: Options, results: Sequence[dict]) -> str:
     """The runs as a table in Markdown; better and worse are said of what differs from the first beyond the error."""
     from evaluation.report import mark
     from evaluation.scores import find
     from files import replacing
 
-    found = [{title: find(run["scores"], *key) for title, key in COLUMNS.items()} for run in runs]
-    titles = [title for title in COLUMNS if any(row[title] for row in found)]
+    titles = [title for title, key in COLUMNS.items() if any(find(result["scores"], *key) for result in results)]
     lines = [
-        f"Preset {options.preset}, {options.minutes:g} minutes of training each.",
-        "",
+        f"Preset {options.preset}, {options.minutes:g} minutes of training each.\n",
         f"| encoder | pictures seen | {' | '.join(titles)} |",
         f"|---|---|{'---|' * len(titles)}",
     ]
-    numbers = []
-    for encoder, run, row in zip(options.encoders, runs, found, strict=True):
-        cells, seen = [], run["checkpoint"]["images"]
+    for encoder, result in zip(options.encoders, results, strict=True):
+        cells = [encoder, f"{result['checkpoint']['images']:,}"]
         for title in titles:
-            score = row[title]
-            word = mark(runs[0], run, found[0][title], score) if run is not runs[0] else ""
-            cells.append(f"{score.show()} {word}".strip() if score else "–")
-        lines.append(f"| {encoder} | {seen:,} | {' | '.join(cells)} |")
-        numbers.append({"encoder": encoder, "images": seen, **{t: row[t] and row[t].value._asdict() for t in titles}})
-    lines += ["", "In brackets 95 % intervals; better and worse: than the first, beyond the error."]
-    table = "\n".join(lines)
-    for name, text in ("encoders.md", table), ("encoders.json", json.dumps(numbers, indent=1)):
-        with replacing(options.output / name) as beside:
-            beside.write_text(text + "\n", encoding="utf-8")
-    return table
+            first, score = (find(one["scores"], *COLUMNS[title]) for one in (results[0], result))
+            verdict = mark(results[0], result, first, score) if result is not results[0] else ""
+            cells.append(f"{score.show()} {verdict}".strip() if score else "–")
+        lines.append(f"| {' | '.join(cells)} |")
+    lines.append("\nIn brackets 95 % intervals; better and worse: than the first, beyond the error.\n")
+    with replacing(options.output / "encoders.md") as beside:
+        beside.write_text("\n".join(lines), encoding="utf-8")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

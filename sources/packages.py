@@ -6,7 +6,6 @@ fetched once with the registry's own client, held to a pinned SHA-256, and unpac
 Nothing fetched is ever imported or run.
 """
 
-import hashlib
 import shutil
 import subprocess
 import sys
@@ -35,16 +34,15 @@ class Package(NamedTuple):
 def fetch(package: Package) -> Path:
     """Folder of the unpacked package, fetched and verified on first use; raises PackageError."""
     folder = files.CACHE / "packages" / f"{package.name}-{package.version}"
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{package.name}.") as scratch:
-        unpacked = {"npm": _npm, "pypi": _pypi}[package.registry](package, Path(scratch))
-        try:
-            unpacked.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was faster
-                raise
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{package.name}.") as scratch:
+            unpacked = (_npm if package.registry == "npm" else _pypi)(package, Path(scratch))
+            try:
+                unpacked.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # else another process was faster
+                    raise
     return folder
 
 
@@ -53,9 +51,9 @@ def _npm(package: Package, scratch: Path) -> Path:
         raise PackageError(f"{package} needs the npm command, which this machine does not have (install Node.js)")
     _run(package, ["npm", "pack", "--silent", f"{package.name}@{package.version}"], scratch)
     (tarball,) = scratch.glob("*.tgz")
-    digest = hashlib.sha256(tarball.read_bytes()).hexdigest()
-    if digest != package.sha256:
-        raise PackageError(f"{package}: the tarball's SHA-256 is {digest}, expected {package.sha256}; nothing was kept")
+    found = files.sha256(tarball)
+    if found != package.sha256:
+        raise PackageError(f"{package}: the tarball's SHA-256 is {found}, expected {package.sha256}; nothing was kept")
     with tarfile.open(tarball) as archive:
         archive.extractall(scratch, filter="data")
     return scratch / "package"
@@ -65,9 +63,8 @@ def _pypi(package: Package, scratch: Path) -> Path:
     pinned = scratch / "pinned.txt"
     pinned.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
     have_pip = subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True).returncode == 0
-    installer = [sys.executable, "-m", "pip"] if have_pip else ["uv", "pip"]
-    options = ["--quiet", "--no-deps", "--require-hashes", "--target", str(scratch / "unpacked"), "-r", str(pinned)]
-    _run(package, [*installer, "install", *options], scratch)
+    install = [*([sys.executable, "-m", "pip"] if have_pip else ["uv", "pip"]), "install", "--quiet", "--no-deps"]
+    _run(package, [*install, "--require-hashes", "--target", str(scratch / "unpacked"), "-r", str(pinned)], scratch)
     return scratch / "unpacked"
 
 
@@ -77,5 +74,5 @@ def _run(package: Package, command: list[str], folder: Path) -> None:
     except FileNotFoundError:
         raise PackageError(f"{package} needs {command[0]}, which this machine does not have") from None
     if done.returncode:
-        said = (done.stderr or done.stdout).strip().splitlines()
-        raise PackageError(f"{package} could not be fetched: {said[-1] if said else f'exit {done.returncode}'}")
+        output = (done.stderr or done.stdout).strip().splitlines() or [f"exit {done.returncode}"]
+        raise PackageError(f"{package} could not be fetched: {output[-1]}")

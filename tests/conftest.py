@@ -1,10 +1,20 @@
-"""Strict arithmetic for every test: no silent broadcasting, no random key used twice, shapes checked at each call."""
+"""Strict arithmetic for every test: no silent broadcasting, no random key used twice, shapes checked at each call.
 
+The workers and the subprocesses of one test run share a cache of compiled programs, which ends with the run.
+"""
+
+import atexit
 import os
+import shutil
+import tempfile
 from contextlib import contextmanager
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # these networks take longer to compile than to run
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # set by the first process, for all that it starts
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="test-programs-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +23,11 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
+if os.environ["JAX_PLATFORMS"] != "cpu":
+    jax.config.update("jax_default_matmul_precision", "highest")  # float32 that is not TF32, as tolerances expect
 
-TYPED = ["augmentation", "dataloader", "dataset", "guidance", "kernels", "model", "parallel", "samplers"]
-TYPED += ["sampling", "schedule", "stream", "text_encoder", "training"]
+TYPED = ["augmentation", "ema", "dataloader", "dataset", "guidance", "kernels", "model", "parallel", "samplers"]
+TYPED += ["sampling", "schedule", "text_encoder", "training"]
 TYPED += [f"evaluation.{name}" for name in ("features", "heldout", "judge", "metrics")]
 jaxtyping.install_import_hook(TYPED, "beartype.beartype")
 
@@ -46,7 +58,7 @@ def tiny(shapes):
 
     return Params(
         data=str(shapes), vendor="Mine", encoder="sentence-transformers/all-MiniLM-L6-v2", TEXT_LEN=7, H=8, W=12,
-        T=50, T_dim=6, T_out=10, BASE_DIM=8, DIM_MULTS=(1, 2), BLOCKS=1, self_attention=(1,), cross_attention=(1,),
+        T=50, T_dim=6, T_out=10, BASE_DIM=8, DIM_MULTS=(1,), BLOCKS=1, self_attention=(), cross_attention=(0,),
         HEAD_DIM=4, B=3, epochs=2, warmup=2, learning_rate=1e-2, ema_short=0.1, ema_long=0.2,
         log_every=2, sample_every=1, save_every=1,
     )  # fmt: skip

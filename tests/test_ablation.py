@@ -1,5 +1,6 @@
-"""The ablation's bookkeeping: what is measured once is not trained again."""
+"""The ablation's bookkeeping: what is measured once is not trained again, unless its configuration has changed."""
 
+import dataclasses
 import json
 import math
 
@@ -15,8 +16,26 @@ def measured(shift):
     }  # fmt: skip
 
 
-def test_the_rate_of_every_run_is_known():
-    assert {(config.PATCH, config.BASE_DIM) for config in ablation.configs().values()} == set(ablation.PACE)
+def rows(names):
+    """Rows of the table, as if each of these runs had just been measured."""
+    configs = ablation.configs(1)
+    each = {name: {"config": configs[name].to_json(), **measured(shift)} for name, shift in names.items()}
+    return json.loads(json.dumps(each))
+
+
+def test_only_the_network_decides_the_pace():
+    networks = [network for network, _ in ablation.RUNS.values()]
+    assert set(networks) == set(ablation.NETWORKS)
+    assert {field for _, changes in ablation.RUNS.values() for field in changes} <= {
+        "prediction", "loss_weight", "dropout", "augmentation",
+    }  # fmt: skip
+
+
+def test_runs_see_as_many_pictures_as_their_network_gets_through():
+    pace = {name: ablation.NETWORKS[network][0] for name, (network, _) in ablation.RUNS.items()}
+    for name, config in ablation.configs(30).items():
+        seen = config.epochs * ablation.PICTURES
+        assert abs(seen - 1800 * pace[name.removesuffix(", seed 1")]) <= ablation.PICTURES / 2
 
 
 @pytest.fixture
@@ -35,10 +54,10 @@ def ended(said=None):
 
 
 def test_a_measured_run_is_only_shown_and_a_new_one_is_kept(ablated, monkeypatch, capsys):
-    others = {"eps": measured(1.0)}
-    ablated.write_text(json.dumps({"1 minutes": {"v": measured(0.0)}, "2 minutes": others}))
+    others = rows({"eps": 1.0})
+    ablated.write_text(json.dumps({"1 minutes": rows({"v": 0.0}), "2 minutes": others}))
     trained = []
-    monkeypatch.setattr(ablation, "train", lambda output, config, minutes, core: trained.append(output.name))
+    monkeypatch.setattr(ablation, "train", lambda output, config, core: trained.append(config))
     monkeypatch.setattr(ablation, "measure", lambda output, core: measured(math.log(2)))
     for _ in range(2):
         ended()
@@ -46,13 +65,32 @@ def test_a_measured_run_is_only_shown_and_a_new_one_is_kept(ablated, monkeypatch
         assert [row.split(" | ")[:3] for row in table] == [
             ["| v", "512", "1.000 ± 0.000"], ["| eps", "512", "2.000 ± 0.000"],
         ]  # fmt: skip
-    assert trained == ["eps"]
-    assert json.loads(ablated.read_text())["2 minutes"] == others
+    assert trained == [ablation.configs(1)["eps"]]
+    kept = json.loads(ablated.read_text())
+    assert kept["2 minutes"] == others
+    assert kept["1 minutes"]["eps"] == rows({"eps": math.log(2)})["eps"]
+    assert sum(line.strip().startswith('"config": {') for line in ablated.read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("edit", [{"learning_rate": 1e-3}, {"unknown": 1}, {"epochs": 2}])
+def test_an_edited_run_is_trained_anew_in_a_folder_of_its_own(ablated, monkeypatch, capsys, edit):
+    before = rows({"v": 0.0, "eps": 0.0})
+    before["v"]["config"] |= edit
+    ablated.write_text(json.dumps({"1 minutes": before}))
+    trained = []
+    monkeypatch.setattr(ablation, "train", lambda output, config, core: trained.append(output.name))
+    monkeypatch.setattr(ablation, "measure", lambda output, core: measured(1.0))
+    ended()
+    config = ablation.configs(1)["v"]
+    assert trained == [ablation.folder("v", config)]
+    assert ablation.folder("v", dataclasses.replace(config, learning_rate=1e-3)) != trained[0]
+    assert json.loads(ablated.read_text())["1 minutes"]["v"] == rows({"v": 1.0})["v"]
+    assert "| eps | 512 | 0.368 " in capsys.readouterr().out
 
 
 def test_a_run_that_fails_stops_no_other_and_is_told(ablated, monkeypatch, capsys):
-    def train(output, config, minutes, core):
-        if output.name == "v":
+    def train(output, config, core):
+        if config == ablation.configs(1)["v"]:
             raise RuntimeError("stopped")
 
     monkeypatch.setattr(ablation, "train", train)
@@ -66,3 +104,9 @@ def test_a_run_that_does_not_exist_is_named(monkeypatch):
     monkeypatch.setattr("sys.argv", ["ablation.py", "--only", "w"])
     with pytest.raises(SystemExit, match=r"--only w: allowed are v, "):
         ablation.main()
+
+
+def test_the_table_that_is_kept_holds_every_run():
+    kept = json.loads(ablation.ROOT.joinpath("benchmarks/ablation.json").read_text())["30 minutes"]
+    for name, config in ablation.configs(30).items():
+        assert ablation.measured(kept[name], config), name

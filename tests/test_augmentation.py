@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 
 import augmentation
-from augmentation import LABELS
+from augmentation import LABELS, STDS
+
+augment = jax.jit(augmentation.augment, static_argnums=2)
+apply = jax.jit(augmentation.apply)
 
 
-def pictures(b=64, channels=3):
+def images(b=64, channels=3):
     """A dark box in the middle of a white (or transparent) ground."""
     image = np.ones((b, 16, 24, channels), np.float32)
     if channels == 4:
@@ -21,19 +24,19 @@ def pictures(b=64, channels=3):
 
 def one(channels=3, **amounts):
     labels = jnp.array([amounts.get(name, 0.0) for name in LABELS])
-    return augmentation.changed(pictures(1, channels)[0], labels)
+    return apply(images(1, channels)[0], labels)
 
 
-def test_no_chance_is_no_change_bit_for_bit():
-    image, labels = augmentation.augment(pictures(), jax.random.key(0), 0.0)
-    np.testing.assert_array_equal(image, pictures())
+def test_probability_0_is_no_change_bit_for_bit():
+    image, labels = augment(images(), jax.random.key(0), 0.0)
+    np.testing.assert_array_equal(image, images())
     assert not labels.any()
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_the_labels_say_which_pictures_were_changed_and_each_change_comes_at_its_chance(channels):
-    image, labels = augmentation.augment(pictures(400, channels), jax.random.key(1), 0.3)
-    changed = (image != pictures(400, channels)).any(axis=(1, 2, 3))
+def test_the_labels_say_which_images_were_changed_and_each_change_comes_with_its_probability(channels):
+    image, labels = augment(images(400, channels), jax.random.key(1), 0.3)
+    changed = (image != images(400, channels)).any(axis=(1, 2, 3))
     np.testing.assert_array_equal(changed, labels.any(axis=1))
     known = 5 if channels == 1 else len(LABELS)
     rates = (np.asarray(labels) != 0).mean(axis=0)
@@ -49,14 +52,14 @@ def centre(image):
     return np.array([(dark * rows).sum(), (dark * columns).sum()]) / dark.sum()
 
 
-def test_a_picture_moves_as_far_as_the_labels_say_onto_its_own_background():
+def test_an_image_moves_as_far_as_the_labels_say_onto_its_own_background():
     moved = one(right=1.0, down=-1.0)
-    shift = augmentation.SHIFT * np.array([-16, 24])
+    shift = np.array([-16 * STDS["down"], 24 * STDS["right"]])
     np.testing.assert_allclose(centre(moved) - centre(one()), shift, atol=1e-3)
     np.testing.assert_array_equal(moved[0], 1)
     assert (one(4, right=2.0)[:, 0] == -1).all()  # transparent
     bigger = one(scale=1.0)
-    np.testing.assert_allclose((1 - bigger).sum() / (1 - one()).sum(), np.exp(2 * augmentation.SCALE), rtol=2e-2)
+    np.testing.assert_allclose((1 - bigger).sum() / (1 - one()).sum(), np.exp(2 * STDS["scale"]), rtol=2e-2)
     np.testing.assert_allclose(centre(bigger), centre(one()), atol=1e-3)
 
 
@@ -69,10 +72,10 @@ def test_colours_turn_about_grey_and_stay_in_range():
     third = augmentation.hue_rotation(jnp.float32(2 * np.pi / 3))
     np.testing.assert_allclose(third @ jnp.eye(3), np.roll(np.eye(3), 1, axis=0), atol=1e-6)  # red to green to blue
     grey = one(saturation=-2.0)[8, 12]
-    factor = np.exp(-2 * augmentation.SATURATION)
+    factor = np.exp(-2 * STDS["saturation"])
     np.testing.assert_allclose(grey - grey.mean(), factor * (plain - plain.mean()), atol=1e-5)
     np.testing.assert_array_equal(one(hue=1.5, saturation=1.0)[0, 0], 1)  # white stays white
-    np.testing.assert_allclose(one(brightness=-1.0)[0, 0], 1 - 2 * augmentation.BRIGHTNESS, atol=1e-6)
+    np.testing.assert_allclose(one(brightness=-1.0)[0, 0], 1 - 2 * STDS["brightness"], atol=1e-6)
     for extreme in (-2.0, 2.0):
         changed = one(4, brightness=extreme, contrast=extreme, saturation=extreme, hue=extreme)
         assert (changed[..., :3] <= changed[..., 3:] + 1e-6).all()  # colour times alpha

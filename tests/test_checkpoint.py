@@ -1,6 +1,7 @@
 """A checkpoint is whole or refused, whatever happens while it is written, and to its files afterwards."""
 
 import itertools
+import json
 import os
 import random
 import resource
@@ -12,10 +13,12 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import checkpoint
@@ -60,6 +63,38 @@ def test_what_is_saved_is_restored_in_its_structure_and_dtypes(tmp_path):
     assert found.keys() == {"train"}
     assert jax.tree.structure(found["train"]) == jax.tree.structure(train)
     jax.tree.map(lambda found, saved: np.testing.assert_array_equal(found, saved, strict=True), found["train"], train)
+
+
+class Other(NamedTuple):
+    """Has the fields of optax.ScaleByAdamState in another order."""
+
+    nu: dict
+    count: jax.Array
+    mu: dict
+
+
+def test_an_optimizer_state_is_restored_as_any_class_of_the_same_fields(tmp_path):
+    weights = {"w": jnp.arange(3.0), "layers": [{"b": jnp.ones(2)}, {}]}
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.linear_schedule(1e-2, 0.0, 9)))
+    updates, opt_state = optimizer.update(weights, optimizer.init(weights), weights)
+    train = {"weights": optax.apply_updates(weights, updates), "opt_state": opt_state, "step": jnp.int32(1)}
+    checkpoint.save(tmp_path / "final", {"train": train}, {"step": 1})
+
+    found = checkpoint.restore(tmp_path / "final", {"train": jax.tree.map(jnp.zeros_like, train)})["train"]
+    assert jax.tree.structure(found) == jax.tree.structure(train)
+    jax.tree.map(lambda found, saved: np.testing.assert_array_equal(found, saved, strict=True), found, train)
+
+    empty, (adam, *rest) = opt_state
+    asked = (list(empty), [Other(adam.nu, adam.count, adam.mu), *rest])
+    _, (adam_found, *_) = checkpoint.restore(tmp_path / "final", {"train": {**train, "opt_state": asked}})["train"][
+        "opt_state"
+    ]
+    assert isinstance(adam_found, Other)
+    for field in Other._fields:
+        jax.tree.map(np.testing.assert_array_equal, getattr(adam_found, field), getattr(adam, field))
+    about_tree = (tmp_path / "final" / "train" / "_METADATA").read_text()
+    assert "ScaleByAdamState" not in about_tree
+    assert "EmptyState" not in about_tree
 
 
 def test_another_shape_or_structure_is_refused(tmp_path):
@@ -126,6 +161,39 @@ def test_a_missing_item_is_named(run, item):
         read(run / "epoch9")
 
 
+def without(name):
+    return lambda sums: {other: sums[other] for other in sums if other != name}
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda sums: {}, "not as checksums.json says: _CHECKPOINT_METADATA, about/"),
+        (lambda sums: [], "cannot be understood"),
+        (lambda sums: list(sums), "cannot be understood"),
+        (lambda sums: None, "cannot be understood"),
+        (without("train/_METADATA"), "not as checksums.json says: train/_METADATA"),
+        (without("_CHECKPOINT_METADATA"), "not as checksums.json says: _CHECKPOINT_METADATA"),
+        (lambda sums: {**sums, "train/more": "0"}, "No such file.*train/more"),
+        (lambda sums: {**sums, "train/_METADATA": None}, "not as checksums.json says: train/_METADATA"),
+    ],
+)
+def test_checksums_that_do_not_list_exactly_the_files_are_a_fault(run, change, fault):
+    file = run / "epoch10" / "checksums.json"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    with pytest.raises(CheckpointError, match=f"{run}/epoch10 is not whole: .*{fault}.*; take another one"):
+        read(run / "epoch10")
+    assert checkpoint.newest(run) == run / "epoch9"
+
+
+@pytest.mark.parametrize("place", ["", "train"])
+def test_a_file_that_is_not_listed_is_a_fault(run, place):
+    (run / "epoch10" / place / "more").touch()
+    with pytest.raises(CheckpointError, match=f"not as checksums.json says: {place}/?more; take another one"):
+        read(run / "epoch10")
+    assert checkpoint.newest(run) == run / "epoch9"
+
+
 def test_every_file_counts(run):
     for file in [file for file in (run / "epoch10").rglob("*") if file.is_file() and file.stat().st_size]:
         flip(file)
@@ -158,9 +226,11 @@ def test_no_checkpoint_says_what_there_is(tmp_path):
 
 def test_a_reader_uses_what_waits_where_it_lies(tmp_path):
     small(tmp_path / "final", 1)
-    (tmp_path / "final").rename(tmp_path / ".final.old")
     small(tmp_path / "spare", 2)
-    (tmp_path / "spare").rename(tmp_path / ".final.part")
+    (tmp_path / ".replaced").mkdir()
+    (tmp_path / ".unfinished").mkdir()
+    (tmp_path / "final").rename(tmp_path / ".replaced" / "final")
+    (tmp_path / "spare").rename(tmp_path / ".unfinished" / "final")
     before = contents(tmp_path)
     assert checkpoint.newest(tmp_path) == tmp_path / "final"
     assert checkpoint.checkpoints(tmp_path) == [tmp_path / "final"]
@@ -173,18 +243,34 @@ def test_a_reader_uses_what_waits_where_it_lies(tmp_path):
 
 def test_a_checkpoint_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatch):
     small(tmp_path / "final", 1)
-    verified = checkpoint._verified
+    verify = checkpoint._verify
 
-    def replaced(*args):
-        found = verified(*args)
+    def replaced(folder, items):
+        verify(folder, items)
         monkeypatch.undo()
         small(tmp_path / "final", 2)
-        shutil.rmtree(found / "train")  # what was verified is gone
+        shutil.rmtree(folder / "train")  # what was verified is gone
         small(tmp_path / "final", 2)
+
+    monkeypatch.setattr(checkpoint, "_verify", replaced)
+    assert int(checkpoint.restore(tmp_path / "final", items(0))["train"]["step"]) == 2
+
+
+def test_what_is_read_is_of_one_checkpoint(tmp_path, monkeypatch):
+    small(tmp_path / "final", 1)
+    restore = checkpoint.ocp.AsyncCheckpointer.restore
+
+    def replaced(self, folder, args):
+        """Reads one item after the other, and the checkpoint is replaced after the first."""
+        monkeypatch.undo()
+        found = {}
+        for name in args.keys():  # noqa: SIM118  (no dict)
+            found |= restore(self, folder, args=checkpoint.ocp.args.Composite(**{name: args[name]})).items()
+            small(tmp_path / "final", 2)
         return found
 
-    monkeypatch.setattr(checkpoint, "_verified", replaced)
-    assert int(checkpoint.restore(tmp_path / "final", items(0))["train"]["step"]) == 2
+    monkeypatch.setattr(checkpoint.ocp.AsyncCheckpointer, "restore", replaced)
+    jax.tree.map(np.testing.assert_array_equal, checkpoint.restore(tmp_path / "final", items(0)), items(2))
 
 
 # Writing.
@@ -308,17 +394,25 @@ def test_a_full_disk_is_said_and_the_checkpoint_before_stays(tmp_path, full_disk
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
+    before = set(threading.enumerate())
     with pytest.raises(CheckpointError, match=r"file/final cannot be written: .*Still whole: none"):
         small(tmp_path / "file" / "final", 1)
+    for thread in set(threading.enumerate()) - before:
+        thread.join(10)
+        assert not thread.is_alive(), "the program would wait for it before it ends"
 
 
 @pytest.fixture
 def gate(monkeypatch):
-    """Saves wait until it is set."""
-    gate, save = threading.Event(), checkpoint.ocp.Checkpointer.save
-    monkeypatch.setattr(
-        checkpoint.ocp.Checkpointer, "save", lambda *args, **words: gate.wait(60) and save(*args, **words)
-    )
+    """No array is written until it is set."""
+    gate, handler = threading.Event(), checkpoint.ocp.type_handlers.NumpyHandler
+    write = handler._background_serialize
+
+    async def wait_and_write(*args):
+        assert gate.wait(60)
+        await write(*args)
+
+    monkeypatch.setattr(handler, "_background_serialize", wait_and_write)
     return gate
 
 

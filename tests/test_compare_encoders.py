@@ -1,6 +1,6 @@
 """The comparison, with scripts that only pretend to train and to evaluate."""
 
-import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -35,11 +35,11 @@ def call(tmp_path, monkeypatch, capsys):
             "scores": [scores.rate("caption accuracy, top 1", "training", "pixels", hits)],
         })  # fmt: skip
 
-    monkeypatch.setattr(compare_encoders, "call", pretend)
+    monkeypatch.setattr(compare_encoders, "run_script", pretend)
 
     def called(*words):
         ran.clear()
-        monkeypatch.setattr(sys, "argv", ["compare_encoders.py", *map(str, words)])
+        monkeypatch.setattr(sys, "argv", ["compare_encoders", *map(str, words)])
         code = ""
         try:
             compare_encoders.main()
@@ -65,8 +65,7 @@ def test_each_encoder_is_trained_alike_and_evaluated(call):
     assert table.strip() in said
     rows = [line for line in table.splitlines() if line.startswith("| some")]
     assert [row.split("|")[3].split()[-1] for row in rows] == ["(40.4–59.6)", "(45.2–64.4)", "worse"]
-    numbers = json.loads(Path("o/encoders.json").read_text())
-    assert [row["own picture nearest"]["value"] for row in numbers] == [0.5, 0.55, 0.2]
+    assert [row.split("|")[2].strip() for row in rows] == ["1,000"] * 3
     assert "held-out loss" not in table  # nothing was held out
     assert call(*THREE)[1] == []  # all is done
 
@@ -111,4 +110,14 @@ def test_another_comparison_is_not_mixed_in(call):
 def test_an_error_of_a_script_stops_the_comparison(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"train\.py stopped with an error"):
-        compare_encoders.call("train.py", "quikc")
+        compare_encoders.run_script("train.py", "quikc")
+
+
+def test_help_names_the_command_and_needs_nothing_that_loads_slowly(call):
+    said, _ = call("--help")
+    assert "usage: python -m evaluation.compare_encoders" in said
+    code = "import sys, evaluation.compare_encoders, evaluation.plot\n"
+    code += "print({'jax', 'pandas', 'flax', 'transformers', 'matplotlib'} & set(sys.modules))"
+    root = compare_encoders.ROOT
+    found = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
+    assert found == "set()\n"

@@ -3,9 +3,7 @@
 import csv
 import dataclasses
 import json
-import shutil
 import sys
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,13 +14,14 @@ import pytest
 from flax import nnx
 
 import checkpoint
+import dataset
 import evaluate
 import files
+import pipeline
 import schedule as schedules
 import training
-from dataloader import Batch
 from evaluate import choose, invented
-from evaluation import features, heldout, metrics, report, scores
+from evaluation import features, heldout, judge, report, scores
 from evaluation.scores import Interval, Score, difference
 from model import UNet
 from params import Sampling
@@ -45,17 +44,16 @@ def test_invented_captions_join_words_of_real_ones_and_are_not_real():
     }
 
 
-def test_samples_are_split_over_the_three_sets_and_each_has_its_seed():
+def test_samples_are_split_over_the_three_sets():
     names, unseen = [f"a{i} b{i}" for i in range(50)], [f"c{i} d{i}" for i in range(4)]
-    sets = choose(names, unseen, 40, seed=7)
-    assert [len(chosen.texts) for chosen in sets.values()] == [26, 4, 10]
-    assert [seed for chosen in sets.values() for seed in chosen.seeds] == list(range(7, 47))
+    sets = choose(names, unseen, 40)
+    assert [len(set(chosen.texts)) for chosen in sets.values()] == [26, 4, 10]
     assert [names[row] for row in sets["training"].own] == sets["training"].texts
     assert [unseen[row] for row in sets["held-out"].own] == unseen
-    assert [len(chosen.texts) for chosen in choose(names[:3], [], 40, seed=0).values()] == [3, 0, 6]
+    assert [len(chosen.texts) for chosen in choose(names[:3], [], 40).values()] == [3, 0, 6]
 
 
-def test_nobody_keeps_his_own_caption():
+def test_shuffled_captions_are_all_anothers():
     own = np.array([3, 5, 8, 13, 21])
     assert sorted(scores.shuffled(own)) == own.tolist()
     assert (scores.shuffled(own) != own).all()
@@ -84,57 +82,51 @@ def test_the_mean_over_levels_counts_steps():
     np.testing.assert_allclose(heldout.per_picture(uneven, 7), 3)
 
 
-class Nothing(nnx.Module):
-    """A network that always says the same."""
+class Weighing(nnx.Module):
+    """Stands for a network: a weighted sum of all that it is given."""
 
     def __init__(self):
-        self.said = nnx.Param(jnp.zeros(()))
+        self.weights = nnx.Param(jnp.zeros(4))
 
     def __call__(self, noisy, t, text_emb, text_mask):
-        return jnp.zeros_like(noisy) + self.said[...]
+        a, b, c, d = self.weights[...]
+        words = (text_emb * text_mask[..., None]).mean((1, 2))
+        return a * noisy + (b * t / 50 + c * words + d)[:, None, None, None]
 
 
-def test_a_network_that_says_nothing_loses_what_theory_says(tiny, sealed):
-    """Of a prediction of 0 the loss is the mean square of the target: 1 for noise, image² for the clean image."""
-    graphdef, weights = nnx.split(Nothing())
-    weights = nnx.to_pure_dict(weights)
-    images = np.random.default_rng(0).integers(0, 256, (11, 8, 12, 3), dtype=np.uint8)
-    text = np.zeros((11, 7, 4), np.float32), np.ones((11, 7), bool)
-    for prediction, expected in ("eps", 1), ("x0", ((images / 127.5 - 1) ** 2).mean((1, 2, 3))):
-        measure = heldout.build_losses(dataclasses.replace(tiny, prediction=prediction), graphdef)
-        with sealed():
-            found = heldout.loss_per_level(measure, weights, images, *text, T=tiny.T)
-        assert found.shape == (11, 10)
-        tolerance = 0.2 if prediction == "eps" else 1e-4
-        np.testing.assert_allclose(heldout.per_picture(found, tiny.T), expected, rtol=tolerance)
-        alone = heldout.loss_per_level(measure, weights, images[:3], *(part[:3] for part in text), T=tiny.T)
-        np.testing.assert_array_equal(alone, found[:3])
+def losses_by_hand(weights, images, text, steps, prediction):
+    """Of every picture at each level: the mean squared error of the prediction, at the level's step and seed."""
+    alpha, sigma = (np.asarray(part, np.float64) for part in schedules.cosine(50))
+    image, words = images / 127.5 - 1, (text[0] * text[1][..., None]).mean((1, 2))
+    a, b, c, d = weights
+    found = np.zeros(steps.shape)
+    for (row, level), t in np.ndenumerate(steps):
+        key = jax.random.key(row * training.LEVELS + level)
+        noise = np.asarray(jax.random.normal(key, images.shape[1:]), np.float64)
+        predicted = a * (alpha[t] * image[row] + sigma[t] * noise) + b * t / 50 + c * words[row] + d
+        target = {"eps": noise, "x0": image[row], "v": alpha[t] * noise - sigma[t] * image[row]}[prediction]
+        found[row, level] = ((predicted - target) ** 2).mean()
+    return found
 
 
-def test_the_loss_is_that_of_training(tiny):
-    encoder_dim = 4
-    graphdef = training.structure(tiny, encoder_dim)
-    random = np.random.default_rng(1)
-    like = nnx.to_pure_dict(nnx.eval_shape(lambda: nnx.state(UNet(tiny, encoder_dim, nnx.Rngs(0)))))
-    weights = jax.tree.map(lambda w: jnp.asarray(0.1 * random.normal(size=w.shape), jnp.float32), like)
-    images = np.random.default_rng(0).integers(0, 256, (2, 8, 12, 3), dtype=np.uint8)
-    emb, mask = jax.random.normal(jax.random.key(2), (2, 7, 4)), jnp.ones((2, 7), bool)
-
-    noise = jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), (8, 12, 3)))(jnp.arange(2))
-    measure = heldout.build_losses(tiny, graphdef)
-    batch, t = Batch(jnp.asarray(images / 127.5 - 1, jnp.float32), emb, mask), jnp.array([3, 40])
-
-    @jax.jit
-    def as_trained(weights):
-        model = nnx.merge(graphdef, nnx.State(weights))
-        return training.loss_at(model, batch, noise, t, schedules.cosine(tiny.T), tiny.prediction)
-
-    expected = as_trained(weights)
-    found = measure(weights, images, emb, mask, t, np.arange(2))
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+def test_losses_are_the_errors_of_the_prediction_at_steps_and_noise_of_their_own(tiny, sealed, prediction):
+    random = np.random.default_rng(0)
+    weights = np.float32([0.5, 2, 3, -0.7])
+    images = random.integers(0, 256, (11, 8, 12, 3), dtype=np.uint8)
+    text = random.normal(size=(11, 7, 4)).astype(np.float32), random.random((11, 7)) < 0.5
+    graphdef, state = nnx.split(Weighing())
+    tree = jax.tree.map(lambda _: jnp.asarray(weights), nnx.to_pure_dict(state))
+    measure = heldout.build_losses(dataclasses.replace(tiny, prediction=prediction), graphdef)
+    with sealed():
+        found = heldout.loss_per_level(measure, tree, images, *text, T=50)
+    expected = losses_by_hand(weights, images, text, heldout.questions(11, 50), prediction)
     np.testing.assert_allclose(found, expected, rtol=1e-4)
+    alone = heldout.loss_per_level(measure, tree, images[:3], *(part[:3] for part in text), T=50)
+    np.testing.assert_array_equal(alone, found[:3])
 
 
-# Differences.
+# Differences, and what is said of them.
 
 
 def share_of(hits, on="training"):
@@ -158,18 +150,24 @@ def test_a_few_questions_won_are_no_difference(won, marked):
     assert difference(a, b, paired=True).beyond == marked
 
 
-def test_losses_of_different_predictions_do_not_compare(whole, tmp_path):
-    other = {
-        **whole,
-        "config": {"prediction": "eps"},
-        "scores": [scores.mean("loss", "held-out", "short average", [9.0, 9.1])],
-    }
-    for name, results in ("a", whole), ("b", other):
-        report.write(tmp_path / f"{name}.json", results)
+def whole_results(**fields):
+    """A results.json with a loss, a copy rate and a point of a curve over time."""
+    loss = scores.mean("loss", "held-out", "short average", np.arange(4.0))
+    return {
+        "checkpoint": {"path": "models/final", "images": 9}, "config": {}, "data": {"fingerprint": "0"},
+        "sampling": {}, "sets": {}, "scores": [loss, *copied(1, 0.5)["scores"]], "over_time": [copied(3, 0.1)],
+        **fields,
+    }  # fmt: skip
+
+
+def test_losses_of_different_predictions_do_not_compare(tmp_path):
+    worse = [scores.mean("loss", "held-out", "short average", [9.0, 9.1])]
+    report.write(tmp_path / "a.json", whole_results())
+    report.write(tmp_path / "b.json", whole_results(scores=worse, config={"prediction": "eps"}))
     said = report.comparison([tmp_path / "a.json", tmp_path / "b.json"])
     assert "note: [B] predicts something else than [A], so that their losses do not compare" in said
     assert " worse\n" not in said
-    report.write(tmp_path / "b.json", {**other, "config": whole["config"]})
+    report.write(tmp_path / "b.json", whole_results(scores=worse))
     said = report.comparison([tmp_path / "a.json", tmp_path / "b.json"])
     assert "note" not in said
     assert " worse\n" in said
@@ -196,19 +194,18 @@ def test_numbers_are_shown_with_as_many_digits_as_they_need():
 
 def test_copies_that_are_not_exact_show_in_the_mean():
     random = np.random.default_rng(0)
-    training, heldout = random.normal(size=(60, 500)), random.normal(size=(30, 500))
-    drawn = {"training": training[:20] + 0.6 * random.normal(size=(20, 500)), "held-out": random.normal(size=(20, 500))}
-    near = {on: metrics.neighbours(rows, training) for on, rows in drawn.items()}
-    found = list(scores.copies("pixels", near, metrics.neighbours(heldout, training)))
-    results = {"scores": found, "over_time": []}
+    real = {"training": random.normal(size=(60, 500)), "held-out": random.normal(size=(30, 500))}
+    near = real["training"][:20] + 0.6 * random.normal(size=(20, 500))
+    samples = {"training": near, "held-out": random.normal(size=(20, 500))}
+    found, _ = scores.words_and_copies("pixels", samples, real, np.arange(20))
     assert scores.find(found, "copy rate", "training").value.value == 0
-    said = report.summary(results)["Does it copy?"]
+    assert scores.find(found, "caption accuracy, top 1").value.value == 1
+    said = report.copies(found)
     assert "no exact copies that show" in said
-    assert "On training captions it leans on single training pictures: the nearest is at 0.4" in said
+    assert "On training captions it leans on single training pictures: d1/d2 is 0.4" in said
     assert "On held-out captions" not in said
-    exact = {"training": metrics.neighbours(training[:20], training)}
-    results["scores"] = list(scores.copies("pixels", exact, metrics.neighbours(heldout, training)))
-    assert report.summary(results)["Does it copy?"].startswith("It copies: 100.0 %")
+    exact, _ = scores.words_and_copies("pixels", {"training": real["training"][:20]}, real, np.arange(20))
+    assert report.copies(exact).startswith("It copies: 100.0 %")
 
 
 def copied(images, low, real=0.01):
@@ -221,8 +218,8 @@ def copied(images, low, real=0.01):
 
 
 def test_copying_sets_in_where_it_leaves_the_floor_and_its_error():
-    assert "by 30 pictures (epoch30)" in report.copying_sets_in([copied(10, 0), copied(20, 0.02), copied(30, 0.04)])
-    assert "No checkpoint copies up to 20" in report.copying_sets_in([copied(10, 0), copied(20, 0.02)])
+    assert "by 30 pictures (epoch30)" in report.copying_since([copied(10, 0), copied(20, 0.02), copied(30, 0.04)])
+    assert "No checkpoint copies up to 20" in report.copying_since([copied(10, 0), copied(20, 0.02)])
 
 
 @pytest.mark.parametrize(
@@ -247,12 +244,32 @@ def test_a_run_is_done_when_the_held_out_loss_no_longer_falls(means, message):
     assert message in report.done(entries)
 
 
-# From a checkpoint to the page.
+@pytest.mark.parametrize("damage", [
+    lambda saved: saved[:-20],
+    lambda saved: "[]",
+    lambda saved: saved.replace('"schema": 2', '"schema": 1'),
+    lambda saved: saved.replace('"scores"', '"cores"'),
+    lambda saved: saved.replace('"sets"', '"stes"'),
+    lambda saved: saved.replace('"each"', '"eech"', 1),
+    lambda saved: saved.replace("[1.5, ", "[1.5, 1.5, ", 1),
+])  # fmt: skip
+def test_results_are_read_as_they_were_written_and_no_other_file_is(tmp_path, damage):
+    path = tmp_path / "a.json"
+    report.write(path, whole_results())
+    assert report.read(path) == {**whole_results(), "schema": report.SCHEMA}
+    text = path.read_text()
+    assert damage(text) != text
+    path.write_text(damage(text))
+    with pytest.raises(ValueError, match=r"a\.json is no results\.json .*; write it anew"):
+        report.read(path)
+
+
+# Samples, by a pretended network.
 
 
 @pytest.fixture(scope="module")
 def split(shapes, tmp_path_factory):
-    """The shapes, each three times and brightened, 24 in all; every third is held out. One caption bites HTML."""
+    """The shapes, each three times and darkened, 24 in all; every third is held out. One caption bites HTML."""
     from PIL import Image, ImageEnhance
 
     root = tmp_path_factory.mktemp("split")
@@ -270,58 +287,142 @@ def split(shapes, tmp_path_factory):
     return root
 
 
+@pytest.fixture
+def pretended(split, tiny, monkeypatch, tmp_path):
+    """Replaces DiffusionPipeline by one whose samples are noise of the seed; gives what it was asked for."""
+    asked = []
+    monkeypatch.setattr(files, "CACHE", tmp_path / "cache")
+
+    class Pretended:
+        def __init__(self, path, encoder=None, *, ema):
+            self.config = dataclasses.replace(tiny, data=str(split), CHANNELS=4)
+            self.hash, self.about = f"{path} {ema}", {"dataset": {"fingerprint": "that of others"}}
+
+        def resolved(self, sampling):
+            return sampling
+
+        def generate_arrays(self, texts, sampling, *, seeds):
+            asked.append(texts)
+            return np.stack(
+                [np.random.default_rng(seed).integers(0, 256, (8, 12, 4), dtype=np.uint8) for seed in seeds]
+            )
+
+    monkeypatch.setattr(pipeline, "DiffusionPipeline", Pretended)
+    return asked
+
+
+def test_samples_and_real_pictures_with_transparency_are_laid_on_white(pretended, split, tiny):
+    subject = evaluate.load(Path("a"), evaluate.Options())
+    plain = dataset.from_config(dataclasses.replace(tiny, data=str(split)))
+    for on in ("training", "held-out"):
+        expected = dataset.side(plain, heldout=on == "held-out").images
+        np.testing.assert_allclose(subject.images[on].astype(int), expected, atol=2)
+    samples = evaluate.samples_of(subject, {"training": evaluate.Captions(["red disc"] * 2, [0, 1])})["training"]
+    rgba = np.random.default_rng(1).integers(0, 256, (8, 12, 4), dtype=np.uint8) / 255
+    expected = 255 * (rgba[..., :3] * rgba[..., 3:] + 1 - rgba[..., 3:])
+    np.testing.assert_allclose(samples[1], expected, atol=0.6)
+
+
+def test_an_interrupted_evaluation_goes_on_and_ends_the_same(pretended, monkeypatch, tmp_path):
+    monkeypatch.setattr(evaluate, "BATCH", 5)
+    subject = evaluate.load(Path("a"), evaluate.Options())
+    sets = evaluate.choose(subject.real["training"].names, subject.real["held-out"].names, 24)
+    generate = subject.pipeline.generate_arrays
+
+    def interrupted(texts, sampling, *, seeds):
+        if len(pretended) == 2:
+            raise KeyboardInterrupt
+        return generate(texts, sampling, seeds=seeds)
+
+    monkeypatch.setattr(subject.pipeline, "generate_arrays", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.samples_of(subject, sets)
+    monkeypatch.undo()
+    monkeypatch.setattr(evaluate, "BATCH", 5)
+    monkeypatch.setattr(files, "CACHE", tmp_path / "cache")
+    resumed = evaluate.samples_of(subject, sets)
+    assert len(pretended) == len({tuple(texts) for texts in pretended}) == 7  # 12, 6 and 6 captions in batches of 5
+    monkeypatch.setattr(files, "CACHE", tmp_path / "another cache")
+    undisturbed = evaluate.samples_of(subject, sets)
+    assert len(pretended) == 14
+    for on in sets:
+        np.testing.assert_array_equal(resumed[on], undisturbed[on])
+
+
+def test_nothing_sampled_otherwise_is_taken_for_these_samples(pretended):
+    plain = evaluate.Options(sampling=Sampling(steps=2))
+    cases = [(Path("a"), plain), (Path("b"), plain), (Path("a"), dataclasses.replace(plain, seed=1))]
+    cases += [(Path("a"), dataclasses.replace(plain, sampling=Sampling(steps=2, c=3)))]
+    cases += [(Path("a"), dataclasses.replace(plain, ema="long"))]
+    for times, (path, options) in enumerate(cases, 1):
+        subject = evaluate.load(path, options)
+        for _ in range(2):
+            evaluate.samples_of(subject, {"training": evaluate.Captions(["red disc"], [0])})
+            assert len(pretended) == times
+
+
+# From a checkpoint to the page.
+
+
+class Letters(TextEncoder):
+    """Stands for a text encoder: every letter is a token, and the empty caption a blank."""
+
+    def __init__(self, name=""):
+        self.dim = 4
+        self.identity = {"name": "letters", "sha256": "0"}
+
+    def __call__(self, texts, length):
+        texts = [(text or " ")[:length] for text in texts]
+        text_mask = np.array([[i < len(text) for i in range(length)] for text in texts])
+        letters = np.array([[ord(letter) for letter in text.ljust(length)] for text in texts], np.float32)
+        return np.stack([np.sin(letters * k) for k in range(1, 5)], -1) * text_mask[..., None], text_mask
+
+
+class Corners(features.Extractor):
+    """Stands for a feature extractor: the colours of two places."""
+
+    def __init__(self):
+        self.name, self.dim, self.identity = "corners", 6, "0"
+
+    def __call__(self, images):
+        return np.concatenate([images[:, 1, 1], images[:, 5, 5]], axis=-1).astype(np.float32) / 255
+
+
 @pytest.fixture(scope="module")
 def run(split, tiny, tmp_path_factory):
     """A run's folder with two checkpoints, whose weights are random."""
-    import dataset
-
     config = dataclasses.replace(tiny, data=str(split), TEXT_LEN=17)
-    encoder = TextEncoder(tiny.encoder)
-    state = training.init(config, encoder.dim, jax.random.key(0))
-    folder = tmp_path_factory.mktemp("models")
+    like = nnx.to_pure_dict(nnx.eval_shape(lambda: nnx.state(UNet(config, 4, nnx.Rngs(0)))))
+    folder = tmp_path_factory.mktemp("run") / "models"
     random = np.random.default_rng(0)
     for number, name in enumerate(("epoch1", "final"), 1):
-        noise = [
-            jax.tree.map(lambda w: np.asarray(0.1 * random.normal(size=w.shape), np.float32), state.weights)
-            for _ in range(2)
-        ]
+        items = {
+            f"ema_{ema}": jax.tree.map(lambda w: np.asarray(0.1 * random.normal(size=w.shape), np.float32), like)
+            for ema in ("short", "long")
+        }
         about = {
-            "config": config.to_json(), "encoder": encoder.identity, "schedule": {"name": "cosine", "T": tiny.T},
+            "config": config.to_json(), "encoder": Letters().identity, "schedule": {"name": "cosine", "T": tiny.T},
             "dataset": {"fingerprint": dataset.from_config(config).fingerprint},
             "step": number, "seconds": number * 1.5,
-            "prompts": ["red disc"],
         }  # fmt: skip
-        items = {"ema_short": noise[0], "ema_long": noise[1], "train": {"step": state.step}}
+        items["train"] = {"step": np.int32(number)}
         checkpoint.save(folder / name, items, about=json.loads(json.dumps(about)))
-    lines = [{"images": 3 * i, "loss": 1 / i} for i in range(1, 4)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
 
-@pytest.fixture
-def call(run, tmp_path, monkeypatch, capsys):
-    """Run evaluate.py on a copy of the run, with an extractor that takes no time and an empty cache."""
-    shutil.copytree(run, tmp_path / "models")
-    monkeypatch.chdir(tmp_path)
-    kept = files.CACHE
-    for folder in kept.iterdir():  # all but what this module keeps
-        if folder.name not in {"drawn", "features", "judge"}:
-            (tmp_path / "cache").mkdir(exist_ok=True)
-            (tmp_path / "cache" / folder.name).symlink_to(folder.resolve())
-    monkeypatch.setattr(files, "CACHE", tmp_path / "cache")
-
-    class Corners(features.Extractor):
-        def __init__(self):
-            self.name, self.dim, self.identity = "corners", 6, "0"
-
-        def __call__(self, images):
-            return np.concatenate([images[:, 1, 1], images[:, 5, 5]], axis=-1).astype(np.float32)[:, :6] / 255
-
+@pytest.fixture(scope="module")
+def evaluated(run, tmp_path_factory):
+    """Runs evaluate.py beside the checkpoints, with an encoder and an extractor that take no time; gives its words."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(files, "CACHE", tmp_path_factory.mktemp("cache"))
+    for module in (pipeline, judge):
+        patch.setattr(module, "TextEncoder", Letters)
     load = features.load
-    monkeypatch.setattr(features, "load", lambda name: Corners() if name == features.DEFAULT else load(name))
+    patch.setattr(features, "load", lambda name: Corners() if name == features.DEFAULT else load(name))
+    patch.chdir(run.parent)
 
-    def called(*words):
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
+    def call(capsys, *words):
+        patch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
         code = ""
         try:
             evaluate.main()
@@ -329,7 +430,13 @@ def call(run, tmp_path, monkeypatch, capsys):
             code = str(stop.code)
         return "".join(capsys.readouterr()) + code
 
-    return called
+    yield call
+    patch.undo()
+
+
+@pytest.fixture
+def call(evaluated, capsys):
+    return lambda *words: evaluated(capsys, *words)
 
 
 class Page(HTMLParser):
@@ -346,119 +453,93 @@ class Page(HTMLParser):
         self.words += data
 
 
-FEW = ("--steps", "2", "--samples", "24")
+FEW = ("--steps", "1", "--c", "1", "--samples", "24")
 
 
-def test_from_a_checkpoint_to_the_page_and_beside_another(call, monkeypatch):
-    said = call("--checkpoint", "models", *FEW)
+def test_from_a_run_to_the_page_and_beside_another(call, monkeypatch):
+    monkeypatch.setattr(evaluate, "CURVE", 4)
+    said = call("--checkpoint", "models", "--report", "new/a", *FEW)
     assert [line.split()[0] for line in said.splitlines() if line[:1].isdigit()] == ["3", "6"]
     assert "held-out loss" in said
-    assert "models/epoch1:" not in call("--checkpoint", "models", *FEW)  # known by now
-
-    said = call("--checkpoint", "models/final", "--report", "new/a", *FEW)
     assert "new/a/report.html written" in said
     results = report.read(Path("new/a/results.json"))
     names = {score.name for score in results["scores"]}
-    assert {"KID", "Fréchet distance", "R-precision, top 5", "copy rate", "loss", "coverage"} <= names
+    assert {"KID", "Fréchet distance", "R-precision, top 5", "copy rate", "loss", "recall", "coverage"} <= names
     assert {score.by for score in results["scores"] if score.name == "KID"} == {"corners"}
     assert all(score.real for score in results["scores"] if score.name in ("KID", "copy rate", "R-precision, top 1"))
     assert results["notes"] == []
+    assert results["checkpoint"]["path"] == "models/final"
     assert [entry["images"] for entry in results["over_time"]] == [3, 6]
     assert {name: len(saved["captions"]) for name, saved in results["sets"].items()} == {
         "training": 12, "held-out": 6, "invented": 6,
     }  # fmt: skip
-    assert sum(results["seconds"].values()) > 0
-    with np.load("new/a/drawn.npz") as drawn:
-        assert drawn["held-out"].shape == (6, 8, 12, 3)
+    assert {(ema, on) for ema, sets in results["levels"].items() for on in sets} == {
+        ("short", "held-out"), ("short", "training"), ("long", "held-out"), ("long", "training"),
+    }  # fmt: skip
 
     page = Path("new/a/report.html").read_text()
     read = Page(page)
     assert "<b>bold" not in page
     assert "<b>bold</b>" in read.words
     assert all(source.startswith("data:image/png;base64,") for source in read.sources)
+    nearest, pictures = 3 * (6 + 6 + 6), 2 * (12 + 6) + 6
+    assert len(read.sources) == 2 + nearest + pictures
     assert not {"script", "link"} & set(read.tags)
-    for figure in ("levels", "over_time", "training", "held-out", "invented", "neighbours"):
-        assert Path(f"new/a/{figure}.png").stat().st_size > 500
+    assert "Is it done?" in read.words
 
-    call("--checkpoint", "models/epoch1", "--report", "b", *FEW)
-    said = call("--compare", "new/a/results.json", "b/results.json")
-    assert "[B] b/results.json: models/epoch1, 3 pictures seen" in said
+    monkeypatch.setattr(pipeline.DiffusionPipeline, "generate_arrays", None)  # all samples and losses are known by now
+    monkeypatch.setattr(heldout, "build_losses", None)
+    assert "held-out loss" in call("--checkpoint", "models", *FEW)
+    said = call("--compare", "new/a/results.json", "new/a/results.json")
+    assert "[B] new/a/results.json: models/final, 6 pictures seen" in said
     assert "note" not in said
-    itself = call("--compare", "new/a/results.json", "new/a/results.json")
-    assert not any(line.endswith((" better", " worse")) for line in itself.splitlines())
+    assert not any(line.endswith((" better", " worse")) for line in said.splitlines())
 
 
-def test_an_interrupted_report_goes_on_and_ends_the_same(call, monkeypatch):
-    draw, drawn = evaluate.draw, []
+@pytest.fixture
+def random_samples(monkeypatch):
+    def generate_arrays(self, texts, sampling, *, seeds):
+        return np.stack([np.random.default_rng(seed).integers(0, 256, self.shape, dtype=np.uint8) for seed in seeds])
 
-    def interrupted(subject, texts, seeds, options):
-        if len(drawn) == 2:
-            raise KeyboardInterrupt
-        drawn.extend([texts])
-        return draw(subject, texts, seeds, options)
-
-    monkeypatch.setattr(evaluate, "BATCH", 5)
-    monkeypatch.setattr(evaluate, "losses", lambda subject: ([], {"short": {}, "long": {}}))
-    monkeypatch.setattr(evaluate, "draw", interrupted)
-    words = ("--checkpoint", "models/final", "--report", "a", *FEW)
-    assert "the same command goes on" in call(*words)
-    assert not Path("a/results.json").exists()
-    monkeypatch.setattr(evaluate, "draw", lambda *args: drawn.append(args[1]) or draw(*args))
-    call(*words)
-    assert len(drawn) == len({tuple(texts) for texts in drawn}) == 7  # 12, 6 and 6 captions in batches of 5
-    resumed = json.loads(Path("a/results.json").read_text())
-    pictures = Path("a/drawn.npz").read_bytes()
-    shutil.rmtree(files.CACHE / "drawn")
-    call(*words)
-    undisturbed = json.loads(Path("a/results.json").read_text())
-    for results in (resumed, undisturbed):
-        del results["seconds"]
-    assert resumed == undisturbed
-    with np.load("a/drawn.npz") as again:
-        Path("earlier.npz").write_bytes(pictures)
-        with np.load("earlier.npz") as before:
-            for on in again.files:
-                np.testing.assert_array_equal(again[on], before[on])
+    monkeypatch.setattr(pipeline.DiffusionPipeline, "generate_arrays", generate_arrays)
 
 
-def test_pictures_of_another_data_set_are_allowed_with_a_note(call, shapes):
-    said = call("--checkpoint", "models/final", "--data", shapes, "--report", "a", *FEW)
+def test_pictures_of_another_data_set_are_allowed_with_a_note(call, random_samples, shapes, monkeypatch):
+    monkeypatch.setattr(report, "levels_figure", lambda levels: "")
+    said = call("--checkpoint", "models/final", "--data", shapes, "--report", "c", *FEW)
     assert "note: the pictures are not those that the checkpoint was trained on" in said
-    results = report.read(Path("a/results.json"))
+    results = report.read(Path("c/results.json"))
     assert "not those that the checkpoint was trained on" in results["notes"][0]
     assert any("needs at least" in text for text in results["notes"])  # nothing is held out
     assert "KID" not in {score.name for score in results["scores"]}
-    assert "Note: the pictures are not" in Path("a/report.html").read_text()
+    assert "Note: the pictures are not" in Path("c/report.html").read_text()
 
 
-def test_nothing_drawn_otherwise_is_taken_for_these_drawings(call, monkeypatch):
-    drawn = []
-
-    def draw(subject, texts, *_):
-        drawn.append(texts)
-        return {"images": np.zeros((len(texts), 8, 12, 3), np.uint8)}
-
-    monkeypatch.setattr(evaluate, "draw", draw)
-    options = evaluate.Options(checkpoint=Path("models/final"), sampling=Sampling(steps=2))
-    subject = evaluate.load(options.checkpoint, options)
-    others = [
-        evaluate.load(Path("models/epoch1"), options),
-        evaluate.load(options.checkpoint, replace(options, ema="long")),
-    ]
-    otherwise = [replace(options, sampling=Sampling(steps=2, c=3)), replace(options, sampling=Sampling(steps=3))]
-    cases = [(subject, options, 0), *((subject, how, 0) for how in otherwise)]
-    cases += [(subject, options, 1), *((other, options, 0) for other in others)]
-    for times, (now, how, seed) in enumerate(cases, 1):
-        for _ in range(2):
-            evaluate.drawings(now, {"training": evaluate.Captions(["red disc"], [0], [seed])}, how)
-            assert len(drawn) == times
-
-
-def test_plain_evaluation_needs_no_extractor(call):
-    said = call("--checkpoint", "models/final", *FEW)
-    assert "16 captions of 16 training pictures, guidance 7" in said
+def test_caption_accuracy_needs_no_extractor(call, random_samples, monkeypatch):
+    monkeypatch.setattr(features, "load", None)
+    said = call("--checkpoint", "models/final", "--samples", "24", "--c", "3")
+    assert "16 captions of 16 training pictures, guidance 3" in said
     assert "chance                     6.2%    31.2%            8" in said
-    assert not Path("over_time.json").exists()
+
+
+def test_without_an_extractor_a_report_has_the_other_scores(call, random_samples, monkeypatch):
+    def load(name):
+        raise features.FeatureError("it cannot be had")
+
+    monkeypatch.setattr(features, "load", load)
+    monkeypatch.setattr(report, "write_page", lambda *_: None)
+    words = ("--checkpoint", "models/final", "--report", "d", *FEW)
+    assert "note: no scores in features: it cannot be had" in call(*words)
+    assert {s.by for s in report.read(Path("d/results.json"))["scores"]} == {"pixels", "short average", "long average"}
+    assert "it cannot be had" in call(*words, "--extractor", "mine.onnx")
+
+
+def test_an_interruption_says_how_to_go_on(call, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline.DiffusionPipeline, "generate_arrays", interrupted)
+    assert "the same command goes on" in call("--checkpoint", "models/final", "--c", "4")
 
 
 @pytest.mark.parametrize(
@@ -467,55 +548,19 @@ def test_plain_evaluation_needs_no_extractor(call):
         (["--samples", "1"], "--samples 1: at least 2"),
         (["--checkpoint", "nowhere"], "no checkpoint at"),
         (["--compare", "a.json"], "at least two"),
-        (["--report", "page", "--extractor", "nowhere"], "feature extractor 'nowhere': there is no such file"),
+        (
+            ["--report", "e", "--extractor", "nowhere", "--checkpoint", "models/final"],
+            "extractor 'nowhere': there is no",
+        ),
         (["--compare", "a.json", "b.json"], "a.json"),
+        (["--c", "nan"], "c = nan"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(call, words, message):
     assert message in call(*words)
 
 
-@pytest.fixture(scope="module")
-def whole():
-    score = scores.mean("loss", "held-out", "short average", np.arange(4.0))
-    return {
-        "schema": 1, "checkpoint": {"path": "models/final", "images": 9}, "config": {}, "data": {"fingerprint": "0"},
-        "sampling": {}, "sets": {}, "scores": [score, copied(1, 0.5)["scores"][0]], "levels": {},
-        "over_time": [copied(3, 0.1)], "training_loss": [], "seconds": {}, "notes": [],
-    }  # fmt: skip
-
-
-def test_results_are_read_as_they_were_written(whole, tmp_path):
-    report.write(tmp_path / "a.json", whole)
-    assert report.read(tmp_path / "a.json") == whole
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda saved: saved[:-20], "a.json is not JSON"),
-        (lambda saved: "[]", "holds no object"),
-        (lambda saved: saved.replace('"schema": 1', '"schema": 2'), "schema is 2, this version reads 1"),
-        (lambda saved: saved.replace('"sets"', '"stes"'), "a.json: sets is missing"),
-        (lambda saved: saved.replace('"notes": []', '"notes": 3'), "notes is 3, not of type list"),
-        (lambda saved: saved.replace('"fingerprint"', '"f"'), "data.fingerprint is missing"),
-        (lambda saved: saved.replace("[1.5, ", '["much", ', 1), r"scores\[0\] is damaged .*'much' is no number"),
-        (lambda saved: saved.replace("[1.5, ", "[", 1), r"scores\[0\] is damaged"),
-        (lambda saved: saved.replace('"images": 3', '"images": "3"'), r"over_time\[0\].images"),
-    ],
-)
-def test_a_corrupt_results_file_is_refused_by_file_and_field(whole, tmp_path, damage, message):
-    path = tmp_path / "a.json"
-    report.write(path, whole)
-    text = path.read_text()
-    assert damage(text) != text
-    path.write_text(damage(text))
-    with pytest.raises(ValueError, match=message):
-        report.read(path)
-
-
-def test_without_matplotlib_a_report_says_so_before_it_draws(call, monkeypatch):
+def test_without_matplotlib_a_report_says_so_before_it_samples(call, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "matplotlib is missing: pip install -r requirements-dev.txt" in call(
-        "--checkpoint", "models/final", "--report", "a", *FEW
-    )
+    words = ("--checkpoint", "models/final", "--report", "f", *FEW)
+    assert "matplotlib is missing: pip install -r requirements-dev.txt" in call(*words)

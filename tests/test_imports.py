@@ -8,12 +8,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = [  # from the ground up; a module may import from lower floors only
     {"params", "files"},
+    {"parallel"},
     {"schedule", "images", "kernels", "augmentation", "sources.packages"},
     {"model", "text_encoder", "samplers", "dataset", "tracking", "checkpoint"},
     {"guidance", "dataloader", "sources.emojis"},
-    {"parallel", "sampling", "stream"},
+    {"sampling", "ema"},
     {"training", "pipeline"},
     {"evaluation"},
+    {"run"},
     {"train", "test", "evaluate", "prepare_dataset"},
 ]
 FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}

@@ -37,8 +37,8 @@ def test_rank_counts_the_nearer_ones_and_ties():
 
 
 def test_accuracy_is_whole_for_copies_and_chance_for_shuffled_ones():
-    drawn = pictures(500)
-    distance = metrics.distances(drawn, drawn)
+    samples = pictures(500)
+    distance = metrics.distances(samples, samples)
     own = np.arange(500)
     assert metrics.top(metrics.ranks(distance, own), 1) == 1
     shuffled = metrics.ranks(distance, RANDOM.permutation(500))
@@ -59,24 +59,26 @@ def test_share_is_wilsons_interval(hits, n):
     assert share.low <= share.value <= share.high
 
 
-def unbiased_mmd(real, drawn):
+def unbiased_mmd(real, samples):
     options = {"degree": 3, "gamma": 1 / real.shape[1], "coef0": 1}
-    xx, yy, xy = (pairwise.polynomial_kernel(a, b, **options) for a, b in ((real, real), (drawn, drawn), (real, drawn)))
+    xx, yy, xy = (
+        pairwise.polynomial_kernel(a, b, **options) for a, b in ((real, real), (samples, samples), (real, samples))
+    )
     return xx[~np.eye(len(xx), dtype=bool)].mean() + yy[~np.eye(len(yy), dtype=bool)].mean() - 2 * xy.mean()
 
 
 @pytest.mark.parametrize(("n", "m"), [(4, 4), (5, 13), (1200, 1050)])
 def test_kid_is_the_unbiased_estimate_of_scikit_learns_kernel(n, m):
-    real, drawn = features(n, 6), features(m, 6, 0.3)
-    np.testing.assert_allclose(metrics.kid(real, drawn).value, unbiased_mmd(real, drawn), rtol=1e-9)
+    real, samples = features(n, 6), features(m, 6, 0.3)
+    np.testing.assert_allclose(metrics.kid(real, samples).value, unbiased_mmd(real, samples), rtol=1e-9)
 
 
 def test_kid_is_what_random_subsets_average_to():
-    real, drawn = features(60, 5), features(70, 5, 0.5)
+    real, samples = features(60, 5), features(70, 5, 0.5)
     subsets = [
-        unbiased_mmd(RANDOM.permutation(real)[:20], RANDOM.permutation(drawn)[:20]) for _ in range(2000)
+        unbiased_mmd(RANDOM.permutation(real)[:20], RANDOM.permutation(samples)[:20]) for _ in range(2000)
     ]  # the published recipe
-    assert abs(np.mean(subsets) - metrics.kid(real, drawn).value) < 4 * np.std(subsets) / 2000**0.5
+    assert abs(np.mean(subsets) - metrics.kid(real, samples).value) < 4 * np.std(subsets) / 2000**0.5
 
 
 def test_kid_of_two_halves_of_one_set_covers_0_as_often_as_its_error_says():
@@ -91,9 +93,9 @@ def test_kid_of_two_halves_of_one_set_covers_0_as_often_as_its_error_says():
 
 @pytest.mark.parametrize(("n", "m", "shift"), [(60, 60, 0.0), (40, 90, 0.3), (90, 40, 1.0)])
 def test_the_error_of_kid_is_the_spread_of_its_values_over_fresh_draws(n, m, shift):
-    drawn = [metrics.kid(features(n, 8), features(m, 8, shift)) for _ in range(500)]
-    spread = np.std([estimate.value for estimate in drawn])
-    typical = np.sqrt(np.mean([estimate.error**2 for estimate in drawn]))
+    samples = [metrics.kid(features(n, 8), features(m, 8, shift)) for _ in range(500)]
+    spread = np.std([estimate.value for estimate in samples])
+    typical = np.sqrt(np.mean([estimate.error**2 for estimate in samples]))
     assert 0.85 < typical / spread < 1.3
 
 
@@ -127,25 +129,25 @@ def radius(x, k):
 
 @pytest.mark.parametrize("k", [1, 3, 5])
 def test_precision_recall_density_and_coverage_are_those_of_scikit_learns_neighbours(k):
-    real, drawn = features(1100, 4), features(90, 4, 0.5)
-    apart = pairwise.euclidean_distances(real, drawn)
-    in_real, in_drawn = apart <= radius(real, k)[:, None], apart <= radius(drawn, k)[None, :]
-    expected = in_real.any(0).mean(), in_drawn.any(1).mean()
-    np.testing.assert_allclose(metrics.precision_recall(real, drawn, k=k), expected)
-    expected = in_real.sum() / (k * len(drawn)), in_real.any(1).mean()
-    np.testing.assert_allclose(metrics.density_coverage(real, drawn, k=k), expected)
+    real, samples = features(1100, 4), features(90, 4, 0.5)
+    apart = pairwise.euclidean_distances(real, samples)
+    in_real, in_samples = apart <= radius(real, k)[:, None], apart <= radius(samples, k)[None, :]
+    expected = in_real.any(0).mean(), in_samples.any(1).mean()
+    np.testing.assert_allclose(metrics.precision_recall(real, samples, k=k), expected)
+    expected = in_real.sum() / (k * len(samples)), in_real.any(1).mean()
+    np.testing.assert_allclose(metrics.density_coverage(real, samples, k=k), expected)
 
 
 def test_a_dropped_mode_costs_recall_and_coverage_but_no_precision():
     left, right = features(200, 3), features(200, 3) + 100
-    both, drawn = np.concatenate([left, right]), features(200, 3)
-    precision, recall = metrics.precision_recall(both, drawn)
-    density, coverage = metrics.density_coverage(both, drawn)
+    both, samples = np.concatenate([left, right]), features(200, 3)
+    precision, recall = metrics.precision_recall(both, samples)
+    density, coverage = metrics.density_coverage(both, samples)
     assert precision > 0.9
     assert 0.4 < recall <= 0.5
     assert 0.9 < density < 1.3
     assert 0.4 < coverage <= 0.5
-    precision, recall = metrics.precision_recall(drawn, both)
+    precision, recall = metrics.precision_recall(samples, both)
     assert 0.4 < precision <= 0.5
     assert recall > 0.9
 
@@ -166,10 +168,10 @@ def test_coverage_and_density_of_fresh_draws_are_what_order_statistics_say():
 
 
 def test_neighbours_are_scikit_learns_where_all_training_pictures_differ():
-    training, drawn = features(1100, 12), features(1030, 12)
-    distance, index = NearestNeighbors(n_neighbors=30).fit(training).kneighbors(drawn)
+    training, samples = features(1100, 12), features(1030, 12)
+    distance, index = NearestNeighbors(n_neighbors=30).fit(training).kneighbors(samples)
     spread = np.sqrt(((training - training.mean(0)) ** 2).sum(1).mean())
-    found = metrics.neighbours(drawn, training)
+    found = metrics.neighbours(samples, training)
     np.testing.assert_array_equal(found.index[:, 0], index[:, 0])
     for row, (first, second) in enumerate(found.index):
         differing = np.linalg.norm(training[index[row]] - training[first], axis=1) > metrics.TWIN * spread
@@ -181,21 +183,21 @@ def test_the_training_set_is_copied_whole_even_where_it_holds_pictures_twice():
     training = features(40, 30)
     doubled = np.concatenate([training, training[:9], training[:5] + 1e-7]).astype(np.float32)
     found = metrics.neighbours(doubled, doubled)
-    assert metrics.copied(found).all()
+    assert found.copied.all()
     np.testing.assert_array_equal(found.distance[:49, 0], 0)
 
 
 def test_fresh_pictures_are_no_copies_and_blurred_ones_are():
     training = features(300, 30)
-    assert metrics.copied(metrics.neighbours(features(200, 30), training)).mean() < 0.02
-    assert metrics.copied(metrics.neighbours(training + 0.03 * RANDOM.normal(size=(300, 30)), training)).all()
+    assert metrics.neighbours(features(200, 30), training).copied.mean() < 0.02
+    assert metrics.neighbours(training + 0.03 * RANDOM.normal(size=(300, 30)), training).copied.all()
 
 
 def test_a_copy_is_one_nearer_than_a_third_of_the_way_to_the_next():
     line = np.array([[0.0], [3.0]])
-    drawn = np.array([[0.7], [0.8], [-1.4], [-1.6], [2.3]])
+    samples = np.array([[0.7], [0.8], [-1.4], [-1.6], [2.3]])
     np.testing.assert_array_equal(
-        metrics.copied(metrics.neighbours(drawn, line)), [True, False, True, False, True]
+        metrics.neighbours(samples, line).copied, [True, False, True, False, True]
     )  # |0.75| of 3 and |-1.5| of 3 are the boundaries
 
 
@@ -213,20 +215,20 @@ def test_r_precision_is_the_rank_of_scikit_learns_cosine():
     ("call", "message"),
     [
         (lambda: metrics.share(np.zeros(0, bool)), "a share needs at least 1 rows of `hits`, got 0"),
-        (lambda: metrics.kid(features(9, 2), features(3, 2)), "KID needs at least 4 rows of `drawn`, got 3"),
+        (lambda: metrics.kid(features(9, 2), features(3, 2)), "KID needs at least 4 rows of `samples`, got 3"),
         (
             lambda: metrics.frechet(features(1, 2), features(9, 2)),
             "Fréchet distance needs at least 2 rows of `a`, got 1",
         ),
         (
             lambda: metrics.precision_recall(features(9, 2), features(3, 2)),
-            "k = 3 needs at least 4 rows of `drawn`, got 3",
+            "k = 3 needs at least 4 rows of `samples`, got 3",
         ),
         (
             lambda: metrics.density_coverage(features(5, 2), features(3, 2)),
             "k = 5 needs at least 6 rows of `real`, got 5",
         ),
-        (lambda: metrics.density_coverage(features(9, 2), features(0, 2)), "at least 1 rows of `drawn`, got 0"),
+        (lambda: metrics.density_coverage(features(9, 2), features(0, 2)), "at least 1 rows of `samples`, got 0"),
         (lambda: metrics.neighbours(features(3, 2), features(1, 2)), "at least 2 rows of `training`, got 1"),
         (lambda: metrics.neighbours(features(3, 2), np.ones((5, 2))), "need 2 different training pictures"),
         (lambda: metrics.r_precision(features(1, 2), features(1, 2), np.array([0])), "2 rows of `text_emb`, got 1"),

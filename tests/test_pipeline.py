@@ -28,7 +28,7 @@ from text_encoder import TextEncoder
 def trained(tiny, tmp_path_factory):
     """A checkpoint whose weights are random, so that words and seeds both matter."""
     encoder = TextEncoder(tiny.encoder)
-    state = training.init(tiny, encoder.dim, jax.random.key(0))
+    state = training.init_state(tiny, encoder.dim, jax.random.key(0))
     random = np.random.default_rng(0)
 
     def noise(weights):
@@ -140,7 +140,7 @@ def test_threads_may_draw_at_once(drawer, tmp_path):
 
 def test_guidance_of_one_is_no_guidance_and_needs_no_second_evaluation(drawer, monkeypatch):
     config = dataclasses.replace(drawer.config, seed=1)  # a function of its own, not compiled before
-    drawer = DiffusionPipeline.from_weights(config, drawer.encoder, training.structure(config, 384), drawer.weights)
+    drawer = DiffusionPipeline.from_weights(config, drawer.encoder, training.graphdef(config, 384), drawer.weights)
     rows, call = [], sampling_module.nnx.merge
     monkeypatch.setattr(
         sampling_module.nnx,
@@ -176,7 +176,7 @@ def test_another_guidance_seed_prompt_or_eta_compiles_nothing(drawer, monkeypatc
 def by_hand(drawer, tiny):
     """What the network says of one picture at t, with the caption "red disc" and without one."""
     text, mask = map(jnp.asarray, drawer.encoder(["red disc", ""], tiny.TEXT_LEN))
-    model = nnx.merge(training.structure(tiny, drawer.encoder.dim), nnx.State(drawer.weights))
+    model = nnx.merge(training.graphdef(tiny, drawer.encoder.dim), nnx.State(drawer.weights))
     return jax.jit(lambda noisy, t: model(jnp.repeat(noisy, 2, axis=0), jnp.full(2, t), text, mask))
 
 
@@ -195,7 +195,7 @@ def test_drawing_is_a_solver_over_guided_and_thresholded_estimates(drawer, tiny,
         noisy = schedules.add_noise(schedule, denoised, noise, jnp.full(1, s))
 
     config = dataclasses.replace(tiny, prediction=prediction)
-    graphdef = training.structure(tiny, drawer.encoder.dim)
+    graphdef = training.graphdef(tiny, drawer.encoder.dim)
     pipeline = DiffusionPipeline.from_weights(config, drawer.encoder, graphdef, drawer.weights)
     drawn = pipeline.generate_arrays(["red disc"], Sampling(c=3, sampler="ddim", steps=4), seeds=9)
     np.testing.assert_allclose(drawn.astype(float) / 127.5 - 1, noisy, atol=0.02)
@@ -265,7 +265,7 @@ def test_a_film_of_the_drawing_ends_with_the_picture(drawer, tiny):
     weights = jax.tree.map(lambda weight: 0.3 * weight, drawer.weights)  # estimates that are not all black and white
     calm = dataclasses.replace(tiny, prediction="x0")
     pipeline = DiffusionPipeline.from_weights(
-        calm, drawer.encoder, training.structure(tiny, drawer.encoder.dim), weights
+        calm, drawer.encoder, training.graphdef(tiny, drawer.encoder.dim), weights
     )
     film = pipeline.denoising("red disc", Sampling(steps=4, c=1), seed=3)
     assert len(film) == 5
@@ -390,8 +390,8 @@ def test_a_path_that_no_png_can_have_is_refused_before_drawing(drawer, tmp_path,
 
 def test_transparent_pictures_come_with_clean_alpha(trained, tiny, drawer):
     config = dataclasses.replace(tiny, CHANNELS=4)
-    graphdef = training.structure(config, drawer.encoder.dim)
-    weights = training.init(config, drawer.encoder.dim, jax.random.key(0)).weights
+    graphdef = training.graphdef(config, drawer.encoder.dim)
+    weights = training.init_state(config, drawer.encoder.dim, jax.random.key(0)).weights
     pipeline = DiffusionPipeline.from_weights(config, drawer.encoder, graphdef, weights)
     known = Image.fromarray(
         np.dstack([np.full((8, 12, 3), 200, np.uint8), np.arange(96, dtype=np.uint8).reshape(8, 12)])

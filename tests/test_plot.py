@@ -46,15 +46,16 @@ def test_runs_are_side_by_side_and_heldout_losses_dashed_in_their_colours(tmp_pa
         assert picture.size == (1200, 432)
     (figure,) = figures
     curves, levels = figure.axes
-    assert [text.get_text() for text in curves.get_legend().get_texts()] == ["a", "b", "held-out pictures"]
-    (held,), (held_levels,) = dashed(curves), dashed(levels)
+    names = [text.get_text() for text in curves.get_legend().get_texts()]
+    assert names == [str(runs[0]), str(runs[1]), "held-out pictures"]
+    (held, _), (held_levels,) = dashed(curves), dashed(levels)  # the other is of the legend
     np.testing.assert_allclose(held.get_xdata(), [80, 160, 240, 320])
-    assert held.get_color() == held_levels.get_color() == curves.lines[0].get_color() != curves.lines[-1].get_color()
+    assert held.get_color() == held_levels.get_color() == curves.lines[0].get_color() != curves.lines[3].get_color()
     np.testing.assert_allclose(held_levels.get_xdata(), [1 / 6, 1 / 2, 5 / 6])
     np.testing.assert_allclose(held_levels.get_ydata(), 0.9 * 40**-0.5 * np.array([1.1, np.nan, 3]))
     last = 0.9 * np.mean(np.arange(55, 61) ** -0.5)
     np.testing.assert_allclose(levels.lines[-1].get_ydata(), last * np.array([1, np.nan, 2]))
-    pale, smooth = curves.lines[-2:]
+    pale, smooth = curves.lines[3:5]
     np.testing.assert_allclose(pale.get_ydata(), 0.9 * np.arange(1, 61) ** -0.5)
     np.testing.assert_allclose(smooth.get_ydata()[30], pale.get_ydata()[28:33].mean(), rtol=1e-2)
 
@@ -72,17 +73,6 @@ def test_a_line_without_a_loss_leaves_a_gap(tmp_path, figures):
     path.write_text(path.read_text().replace('"loss": 0.9', '"loss": null', 1))
     plot.plot(plot.Options((run,), tmp_path / "a.png"))
     assert np.isnan(figures[0].axes[0].lines[0].get_ydata()).tolist() == [True, False, False]
-
-
-def test_equal_folder_names_are_told_apart(tmp_path):
-    runs = [tmp_path / name for name in ("x/run", "y/run", "y/deep/run", "other")]
-    assert plot.labels(runs) == ["x/run", "y/run", "deep/run", "other"]
-    assert plot.labels([runs[0], runs[0]]) == ["run", "run"]
-
-
-@pytest.mark.parametrize(("pictures", "said"), [(0, "0"), (500, "500"), (2500, "2.5 k"), (1.2e6, "1.2 M")])
-def test_pictures_are_counted_in_short(pictures, said):
-    assert plot.short(pictures, 0) == said
 
 
 @pytest.mark.parametrize(
@@ -104,6 +94,6 @@ def test_a_file_that_cannot_be_read_says_where(tmp_path, text, message):
 def test_no_run_and_no_folder_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="name at least one folder"):
         plot.plot(plot.Options(()))
-    monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path)])
-    with pytest.raises(SystemExit, match=r"plot\.py: there is no .*metrics\.jsonl: name the --output folder"):
+    monkeypatch.setattr(sys, "argv", ["plot", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"plot: there is no .*metrics\.jsonl: name the --output folder"):
         plot.main()

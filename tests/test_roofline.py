@@ -79,7 +79,7 @@ def test_the_figures_of_a_preset_add_up(tiny, arithmetic):
     assert row["images_per_second"] == pytest.approx(tiny.B / row["step_seconds"])
     assert row["step_seconds"] >= max(row["gigabytes"] / 3350, row["tflop"] / (989 if arithmetic == "bf16" else 495))
     assert row["parameters_million"] * 1e6 == sum(
-        leaf.size for leaf in jax.tree.leaves(training.init(tiny, 384, jax.random.key(0)).weights)
+        leaf.size for leaf in jax.tree.leaves(training.init_state(tiny, 384, jax.random.key(0)).weights)
     )
 
 

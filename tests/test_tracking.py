@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,15 +14,16 @@ from PIL import Image
 
 import tracking
 from tracking import MetricsLog
-from training import Records
 
 ROOT = Path(__file__).parent.parent
 MORE = {"learning_rate": 1e-3, "heldout_loss": np.float32(0.5), "heldout_loss_per_level": np.array([0.25, np.nan])}
 
 
-def records(loss=(3.0, 0.0), count=(6.0, 0.0), grad_norm=1.0, skipped=0):
-    none = np.int32(0)
-    return Records(np.array(loss), np.array(count), np.float32(grad_norm), np.int32(skipped), none, none, none)
+def metrics(loss=(3.0, 0.0), count=(6.0, 0.0), grad_norm=1.0, skipped=0):
+    """What training reports of some steps, in two noise levels."""
+    return SimpleNamespace(
+        loss=np.array(loss), count=np.array(count), grad_norm=np.float32(grad_norm), skipped=np.int32(skipped)
+    )
 
 
 class Listener:
@@ -37,11 +39,8 @@ class Listener:
             raise ConnectionError("no route to host")
         self.heard.append((what, *told))
 
-    def scalars(self, step, values):
-        self._hear("scalars", step, values)
-
-    def levels(self, step, name, values):
-        self._hear("levels", step, name, values)
+    def write(self, step, values):
+        self._hear("write", step, values)
 
     def picture(self, step, name, path):
         self._hear("picture", step, name, path)
@@ -57,43 +56,37 @@ def lines(path):
 def test_a_line_has_all_that_is_known_and_the_trackers_hear_it(tmp_path):
     listener = Listener()
     log = MetricsLog(tmp_path / "metrics.jsonl", 0, 0.0, pictures=10, B=3, trackers=[listener])
-    line = log.write(4, records(skipped=2), MORE)
+    line = log.write(4, metrics(skipped=2), MORE)
     log.picture(4, "samples", tmp_path / "a.png")
     log.close()
     assert lines(log.path) == [line]
     assert (line["grad_norm"], line["skipped"], line["learning_rate"]) == (0.5, 2, 1e-3)  # of the two finite steps
     assert (line["heldout_loss"], line["heldout_loss_per_level"]) == (0.5, [0.25, None])
-    (_, step, numbers), *rest = listener.heard
-    assert step == 4
-    assert numbers.keys() == line.keys() - {"step", "loss_per_level", "heldout_loss_per_level"}
-    assert rest == [
-        ("levels", 4, "loss_per_level", [0.5, 0.0]),
-        ("levels", 4, "heldout_loss_per_level", [0.25, 0.0]),
-        ("picture", 4, "samples", tmp_path / "a.png"),
-        ("close",),
-    ]
+    levels = {"loss_per_level": [0.5, 0.0], "heldout_loss_per_level": [0.25, 0.0]}
+    values = {name: value for name, value in line.items() if name != "step"} | levels
+    assert listener.heard == [("write", 4, values), ("picture", 4, "samples", tmp_path / "a.png"), ("close",)]
 
 
 def test_what_is_not_finite_is_null(tmp_path):
     log = MetricsLog(tmp_path / "metrics.jsonl", 0, 0.0, pictures=10, B=3, trackers=[listener := Listener()])
-    log.write(2, records((0.0, 0.0), (0.0, 0.0), 0.0, skipped=2), {"heldout_loss": float("inf")})
+    log.write(2, metrics((0.0, 0.0), (0.0, 0.0), 0.0, skipped=2), {"heldout_loss": float("inf")})
     (line,) = lines(log.path)
     assert (line["loss"], line["grad_norm"], line["heldout_loss"]) == (None, None, None)
     assert not {"loss", "grad_norm", "heldout_loss"} & listener.heard[0][2].keys()
 
 
-@pytest.mark.parametrize("fault", ["scalars", "levels", "picture", "close"])
+@pytest.mark.parametrize("fault", ["write", "picture", "close"])
 def test_a_tracker_that_fails_is_dropped_with_a_word_and_the_others_go_on(tmp_path, capsys, fault):
     deaf, other = Listener(fault), Listener()
     log = MetricsLog(tmp_path / "metrics.jsonl", 0, 0.0, pictures=10, B=3, trackers=[deaf, other])
     for step in (2, 4):
-        log.write(step, records())
+        log.write(step, metrics())
         log.picture(step, "samples", tmp_path)
     log.close()
     said = capsys.readouterr().err
     assert said.count("listener failed (ConnectionError: no route to host)") == 1
     assert "training goes on" in said
-    assert [told[0] for told in other.heard] == ["scalars", "levels", "picture"] * 2 + ["close"]
+    assert [told[0] for told in other.heard] == ["write", "picture"] * 2 + ["close"]
     assert len(lines(log.path)) == 2
 
 
@@ -102,7 +95,7 @@ def test_a_line_that_cannot_be_written_is_an_error(tmp_path):
     log.path.unlink()
     log.path.mkdir()
     with pytest.raises(OSError, match=r"metrics\.jsonl"):
-        log.write(2, records())
+        log.write(2, metrics())
 
 
 def test_what_trackers_take_is_no_training_time(tmp_path, monkeypatch):
@@ -110,17 +103,17 @@ def test_what_trackers_take_is_no_training_time(tmp_path, monkeypatch):
     monkeypatch.setattr(tracking.time, "perf_counter", lambda: now[0])
 
     class Slow(Listener):
-        def scalars(self, step, values):
+        def write(self, step, values):
             now[0] += 50
 
     log = MetricsLog(tmp_path / "metrics.jsonl", 0, 7.0, pictures=10, B=3, trackers=[Slow()])
     now[0] += 2
-    assert log.write(4, records())["seconds"] == 9
+    assert log.write(4, metrics())["seconds"] == 9
     with log.paused():
         now[0] += 20
     assert log.seconds == 9
     now[0] += 1
-    assert log.write(6, records())["images_per_second"] == 6
+    assert log.write(6, metrics())["images_per_second"] == 6
 
 
 def events(folder):
@@ -143,8 +136,7 @@ def test_tensorboard_has_curves_bars_and_pictures_and_goes_on_where_the_run_does
     for start, steps in (0, (2, 4)), (2, (4,)):
         (board,) = tracking.trackers(["tensorboard"], tmp_path, step=start, config={})
         for step in steps:
-            board.scalars(step, {"loss": 0.5 / step})
-            board.levels(step, "loss_per_level", [0.5, 0.25])
+            board.write(step, {"loss": 0.5 / step, "loss_per_level": [0.5, 0.25]})
             board.picture(step, "samples", grid)
         board.close()
     found = events(tmp_path / "tensorboard")
@@ -167,8 +159,7 @@ def test_wandb_goes_on_with_the_run_that_the_folder_remembers(tmp_path):
         Path("grid.png").write_bytes(Path(sys.argv[1]).read_bytes())
         for start in 0, 2, 0:
             (tracker,) = tracking.trackers(["wandb"], Path("run"), step=start, config={"B": 3 + start})
-            tracker.scalars(start + 2, {"loss": 0.5})
-            tracker.levels(start + 2, "loss_per_level", [0.5, 0.25])
+            tracker.write(start + 2, {"loss": 0.5, "loss_per_level": [0.5, 0.25]})
             tracker.picture(start + 2, "samples", Path("grid.png"))
             print("kept", Path("run/wandb-run.txt").read_text().strip(), tracker.run.id, tracker.run.config["B"])
             tracker.close()
@@ -187,6 +178,15 @@ def test_wandb_goes_on_with_the_run_that_the_folder_remembers(tmp_path):
     runs = list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
     assert sorted(path.stem.removeprefix("run-") for path in runs) == sorted([first[0], first[0], third[0]])
     assert all(len(list(path.parent.glob("files/media/images/*.png"))) == 1 for path in runs)
+
+
+def test_a_resumed_run_keeps_the_whole_lines_up_to_its_step(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 2}\n{"step": 6}\n{"step": 4}\n{"step"\n{"step": 3}')
+    MetricsLog(path, 4, 0.0, pictures=10, B=3).write(6, metrics())
+    assert [line["step"] for line in lines(path)] == [2, 4, 3, 6]
+    MetricsLog(path, 0, 0.0, pictures=10, B=3)
+    assert lines(path) == []
 
 
 def test_a_tracker_that_is_not_installed_names_the_command(monkeypatch, tmp_path):

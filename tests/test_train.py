@@ -20,14 +20,16 @@ from tqdm import tqdm
 import checkpoint
 import dataloader
 import dataset
+import ema
 import evaluate
+import parallel
 import params
-import stream
-import test as drawing
+import test as sampling_script
 import train
 import training
 from evaluation import plot
 from params import PRESETS, Params
+from run import Run
 
 ROOT = Path(__file__).parent.parent
 
@@ -60,10 +62,8 @@ def metrics(folder="models_vA0"):
 
 
 def weights(path, tiny):
-    import training
-
-    state = training.init(tiny, 384, jax.random.key(1))
-    return checkpoint.restore(Path(path), training.resumable(state))
+    state = training.init_state(tiny, 384, jax.random.key(1))
+    return checkpoint.restore(Path(path), training.to_checkpoint(state))
 
 
 def test_from_nothing_to_pictures_and_on(call, tiny):
@@ -91,35 +91,36 @@ def test_from_nothing_to_pictures_and_on(call, tiny):
         np.testing.assert_array_equal(a, b)
 
     said = call(train, *flags(dataclasses.replace(longer, BASE_DIM=16)), "--resume")
-    assert "BASE_DIM was 8, now 16" in said
-    assert "epochs" in said.split("may change")[0].split("Only")[1]
+    assert "BASE_DIM was 8, now 16. Leave these out" in said
+    assert "epochs" in said.split("may change")[0].split("only")[1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "VERSION", training.VERSION + 1)
         assert "trained by another version of this program" in call(train, *flags(longer), "--resume")
 
-    said = call(drawing, "--prompts", "red disc", "a box, drawn", "--steps", "3")
+    said = call(sampling_script, "--prompts", "red disc", "a box, drawn", "--steps", "2")
     assert "validation_images/test/grid.png and 2 pictures beside it written" in said
     with Image.open("validation_images/test/02_a_box_drawn.png") as picture:
         assert picture.size == (12, 8)
-    said = call(drawing, "--like", "validation_images/test/01_red_disc.png", "--output", "again")
+    said = call(sampling_script, "--like", "validation_images/test/01_red_disc.png", "--output", "again")
     assert "again/like_01_red_disc.png written: the same, pixel for pixel" in said
-    said = call(drawing, "--prompts", "red disc", "--to", "green box", "--steps", "2", "--frames", "3")
+    said = call(sampling_script, "--prompts", "red disc", "--to", "green box", "--steps", "2", "--frames", "3")
     assert "test/red_disc_0_to_green_box_0.png and red_disc_0_to_green_box_0.gif written: 3 pictures" in said
     for words in (("--to", "x"), ("--to_seed", "0"), ("--c", "3"), ("--prompts", "x"), ("--seed", "1")):
-        assert "--like and " in call(drawing, "--like", "y.png", *words)
-    assert "--to and --image ask for different things" in call(drawing, "--to", "x", "--image", "y.png")
-    assert "--sweep_c draws one prompt, not 2" in call(drawing, "--sweep_c", "1", "--prompts", "a", "b")
-    assert "--frames is about a way" in call(drawing, "--frames", "4")
-    said = call(drawing, "--prompts", "red disc", "--sweep_c", "1", "2", "--sweep_steps", "1", "2")
+        assert "--like and " in call(sampling_script, "--like", "y.png", *words)
+    assert "--to and --image ask for different things" in call(sampling_script, "--to", "x", "--image", "y.png")
+    assert "--sweep_c draws one prompt, not 2" in call(sampling_script, "--sweep_c", "1", "--prompts", "a", "b")
+    assert "--frames is about a way" in call(sampling_script, "--frames", "4")
+    said = call(sampling_script, "--prompts", "red disc", "--sweep_c", "2", "3", "--sweep_steps", "1", "2")
     assert "validation_images/test/sweep_red_disc.png written: 'red disc', guidance from left to right" in said
-    assert "steps = 5000: allowed are" in call(drawing, "--sweep_steps", "2", "5000")
-    said = call(drawing, "--prompts", "red disc", "--animate", "--steps", "2", "--image", "again/like_01_red_disc.png")
+    assert "steps = 5000: allowed are" in call(sampling_script, "--sweep_steps", "2", "5000")
+    words = ("--animate", "--steps", "2", "--image", "again/like_01_red_disc.png")
+    said = call(sampling_script, "--prompts", "red disc", *words)
     assert "1 pictures beside it with a GIF each written" in said
-    assert "name it with --image" in call(drawing, "--strength", "0.5")
-    assert "/proc/none cannot be written" in call(drawing, "--output", "/proc/none")
-    assert "c = nan: allowed are" in call(drawing, "--c", "nan")
-    assert "no checkpoint at" in call(drawing, "--checkpoint", "elsewhere")
-    assert "prompt is empty" in call(drawing, "--prompts", "")
+    assert "name it with --image" in call(sampling_script, "--strength", "0.5")
+    assert "/proc/none cannot be written" in call(sampling_script, "--output", "/proc/none")
+    assert "c = nan: allowed are" in call(sampling_script, "--c", "nan")
+    assert "no checkpoint at" in call(sampling_script, "--checkpoint", "elsewhere")
+    assert "prompt is empty" in call(sampling_script, "--prompts", "")
 
     said = call(plot, "models_vA0", "undisturbed", "--output", "new/curves.png")
     assert "new/curves.png written: models_vA0, undisturbed" in said
@@ -127,11 +128,12 @@ def test_from_nothing_to_pictures_and_on(call, tiny):
         assert picture.size == (1200, 432)
     assert "there is no nowhere/metrics.jsonl" in call(plot, "nowhere")
 
-    said = call(evaluate, "--steps", "3")
+    said = call(evaluate, "--steps", "2")
     assert "8 captions of 8 training pictures, guidance 7" in said
     assert "chance                    12.5%    62.5%            4" in said
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_a_resumed_run_equals_an_undisturbed_one(tmp_path, tiny):
     config = dataclasses.replace(tiny, epochs=400, log_every=1, sample_every=1000, save_every=1000)
     words = [sys.executable, str(ROOT / "train.py"), *flags(config)]
@@ -154,35 +156,72 @@ def test_ctrl_c_saves_and_a_resumed_run_equals_an_undisturbed_one(tmp_path, tiny
         np.testing.assert_array_equal(a, b)
 
 
+def run_of(config, concepts, step=0):
+    return Run(config, Path(), Path(), None, None, concepts, {}, None, step, None)
+
+
+def calls(run, steps_per_call):
+    """How many steps each program takes from here to the end."""
+    while run.step < run.last_step:
+        n = run.steps_in_call(steps_per_call)
+        yield n
+        run.step += n
+
+
 @pytest.mark.parametrize(
     ("B", "concepts", "every", "most"),
     [(64, 1824, (50, 10, 15), 10), (8, 64, (50, 6, 9), 10), (3, 8, (4, 3, 4), 4), (7, 5, (3, 1, 2), 5)],
     ids=str,
 )
-def test_steps_taken_together_never_pass_over_one_after_which_something_is_due(B, concepts, every, most):
+def test_a_program_of_several_steps_never_passes_over_one_after_which_something_is_due(B, concepts, every, most):
     log_every, sample_every, save_every = every
     config = Params(B=B, epochs=30, log_every=log_every, sample_every=sample_every, save_every=save_every)
-    steps, lengths = train.last(config, concepts), list(train.walk(0, most, config, concepts))
+    run = run_of(config, concepts)
+    steps, lengths = run.last_step, list(calls(run, most))
     reached = np.cumsum(lengths).tolist()
     assert (steps - 1) * B < 30 * concepts <= steps * B
     assert reached[-1] == steps
-    assert {step for step in range(1, steps + 1) if train.due(step, config, concepts).reading} <= set(reached)
+    assert {step for step in range(1, steps + 1) if run.due(step).logging} <= set(reached)
     assert set(lengths) == ({1, most} if log_every >= most else {1})
-    assert list(train.walk(reached[2], most, config, concepts)) == lengths[3:]
-    assert train.together(0, 1, config, concepts) == 1
+    assert list(calls(run_of(config, concepts, reached[2]), most)) == lengths[3:]
+    assert set(calls(run_of(config, concepts), 1)) == {1}
 
 
 def test_the_preset_for_a_gpu_needs_no_program_of_single_steps():
-    assert set(train.walk(0, train.TOGETHER, PRESETS["emoji64"], 1824)) == {train.TOGETHER}
+    assert set(calls(run_of(PRESETS["emoji64"], 1824), ema.EVERY)) == {ema.EVERY}
+
+
+def test_a_run_of_a_million_epochs_begins_at_once(call, tiny):
+    config = dataclasses.replace(tiny, epochs=1_000_000, minutes=0.02, sample_every=10**6, save_every=10**6)
+    assert "models_vA0/final and" in call(train, *flags(config))
+    about = checkpoint.about(Path("models_vA0/final"))
+    assert 1.2 <= about["seconds"] < 30
+    assert about["step"] == metrics()[-1]["step"] > 1
+
+
+def test_one_epoch_draws_what_it_learned_and_a_resumed_run_keeps_its_configuration(call, tiny, monkeypatch):
+    config = dataclasses.replace(tiny, epochs=1, B=8)  # a single step
+    call(train, *flags(config))
+    saved = weights("models_vA0/final", config)
+    for name in ("ema_short", "ema_long"):
+        for a, b in zip(jax.tree.leaves(saved[name]), jax.tree.leaves(saved["train"]["weights"]), strict=True):
+            np.testing.assert_array_equal(a, b)
+    preset = dataclasses.replace(PRESETS["quick"], B=16, dropout=0.1)  # as of a later version of the program
+    monkeypatch.setitem(params.PRESETS, "quick", preset)
+    said = call(train, "quick", "--epochs", "2", "--resume")
+    assert "resumed from models_vA0/final, step 1" in said
+    saved = checkpoint.about(Path("models_vA0/final"))["config"]
+    assert Params.from_json(saved) == dataclasses.replace(config, epochs=2)
+    assert "dropout was 0.0, now 0.2" in call(train, "quick", "--dropout", "0.2", "--resume")
 
 
 def test_an_accelerator_takes_steps_together_and_the_run_is_the_same(call, tiny, monkeypatch):
     config = dataclasses.replace(tiny, log_every=4, epochs=6, sample_every=1000, save_every=4)
     call(train, *flags(config), "--output", "by_itself")
-    monkeypatch.setattr(train.device, "on_accelerator", lambda: True)
-    monkeypatch.setattr(train, "TOGETHER", 4)
-    taken, together = [], train.together
-    monkeypatch.setattr(train, "together", lambda *about: taken.append(together(*about)) or taken[-1])
+    monkeypatch.setattr(parallel, "on_accelerator", lambda: True)
+    monkeypatch.setattr(ema, "EVERY", 4)
+    taken, steps_in_call = [], Run.steps_in_call
+    monkeypatch.setattr(Run, "steps_in_call", lambda run, most: taken.append(steps_in_call(run, most)) or taken[-1])
     call(train, *flags(config), "--output", "undisturbed")
     assert taken == [4, 4, 1, 1, 1, 1, 4]  # epoch 4 ends with step 11
     apart, at_once = metrics("by_itself"), metrics("undisturbed")
@@ -211,8 +250,8 @@ def test_the_seal_lets_nothing_through_but_what_says_that_it_is_a_transfer(seale
         assert jax.device_get(double(jax.device_put(np.float32(3)))) == 6
 
 
-@pytest.mark.parametrize("together", [1, 4])
-def test_the_training_loop_makes_no_transfer_that_it_does_not_name(call, tiny, sealed, monkeypatch, together):
+@pytest.mark.parametrize("steps_per_call", [4, pytest.param(1, marks=pytest.mark.slow)])
+def test_the_training_loop_makes_no_transfer_that_it_does_not_name(call, tiny, sealed, monkeypatch, steps_per_call):
     class Bar(tqdm):
         """The bar around the loop."""
 
@@ -226,8 +265,8 @@ def test_the_training_loop_makes_no_transfer_that_it_does_not_name(call, tiny, s
             return super().__exit__(*error)
 
     monkeypatch.setattr("tqdm.tqdm", Bar)
-    monkeypatch.setattr(train.device, "on_accelerator", lambda: True)
-    monkeypatch.setattr(train, "TOGETHER", together)
+    monkeypatch.setattr(parallel, "on_accelerator", lambda: steps_per_call > 1)
+    monkeypatch.setattr(ema, "EVERY", 4)
     config = dataclasses.replace(tiny, log_every=4, epochs=6, sample_every=1000, save_every=4)
     assert "models_vA0/final and" in call(train, *flags(config))
     assert [line["step"] for line in metrics()] == [4, 8, 11, 12, 16]
@@ -263,10 +302,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_the_last_good_state(call, 
     load = dataloader.load
 
     def poisoned(*args):
-        data = load(*args)
-        return data._replace(
-            text_emb=jnp.full_like(data.text_emb, jnp.nan), null_emb=jnp.full_like(data.null_emb, jnp.nan)
-        )
+        source = load(*args)
+        source.data = source.data._replace(text_emb=jnp.full_like(source.data.text_emb, jnp.nan))
+        return source
 
     monkeypatch.setattr(dataloader, "load", poisoned)
     said = call(train, *flags(dataclasses.replace(tiny, log_every=4, epochs=8, sample_every=9, save_every=9)))
@@ -291,7 +329,7 @@ def test_a_picture_that_breaks_while_it_streams_ends_the_run_with_a_checkpoint(c
         seen.append(file)
         return decoded(file if len(seen) < 60 else Path("gone.png").absolute(), shape)
 
-    monkeypatch.setattr(stream, "decoded", breaks)
+    monkeypatch.setattr(dataset, "decoded", breaks)
     said = call(train, *flags(dataclasses.replace(tiny, stream=True, epochs=100, sample_every=100)))
     assert "gone.png: there is no such file. Put a good picture in its place and go on with --resume" in said
     assert 0 < checkpoint.about(Path("models_vA0/stopped"))["step"] < 60 // tiny.B
@@ -300,16 +338,9 @@ def test_a_picture_that_breaks_while_it_streams_ends_the_run_with_a_checkpoint(c
 def test_transparent_pictures_from_training_to_drawing(call, tiny):
     config = dataclasses.replace(tiny, CHANNELS=4, epochs=1)
     assert "models_vA0/final and" in call(train, *flags(config))
-    call(drawing, "--prompts", "red disc", "--steps", "3")
-    call(drawing, "--prompts", "red disc", "--steps", "3", "--on_white", "--output", "white")
-    with Image.open("validation_images/test/01_red_disc.png") as clear, Image.open("white/01_red_disc.png") as white:
-        assert (clear.mode, white.mode) == ("RGBA", "RGB")
-        page = Image.new("RGBA", clear.size, "white")
-        page.alpha_composite(clear)
-        np.testing.assert_allclose(np.asarray(page)[..., :3].astype(int), np.asarray(white).astype(int), atol=1)
-    assert "again/like_01_red_disc.png written: the same" in call(
-        drawing, "--like", "white/01_red_disc.png", "--output", "again"
-    )
+    call(sampling_script, "--prompts", "red disc", "--steps", "3")
+    with Image.open("validation_images/test/01_red_disc.png") as clear:
+        assert clear.mode == "RGBA"
 
 
 def test_a_dry_run_prints_the_cost_and_leaves_nothing(call, tiny, tmp_path):
@@ -339,18 +370,12 @@ def test_wrong_fields_are_named(call, words, message):
     assert message in " ".join(call(train, "quick", *words).replace("│", "").split())
 
 
-@pytest.mark.parametrize("script", ["train", "test", "evaluate", "compare_encoders", "plot", "prepare_dataset"])
+@pytest.mark.parametrize(
+    "script", ["train", "test", "evaluate", "prepare_dataset", "evaluation.compare_encoders", "evaluation.plot"]
+)
 def test_help_needs_neither_jax_nor_pandas(script):
-    code = f"import sys, runpy; sys.argv = ['{script}.py', '--help']\n"
-    code += f"try: runpy.run_path('{ROOT / script}.py', run_name='__main__')\n"
+    code = f"import sys, runpy; sys.argv = ['{script}', '--help']\n"
+    code += f"try: runpy.run_module('{script}', run_name='__main__', alter_sys=True)\n"
     code += "except SystemExit: print({'jax', 'pandas', 'flax', 'transformers', 'matplotlib'} & set(sys.modules))"
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert said.endswith("set()\n")
-
-
-def test_a_run_ends_when_its_minutes_are_over(call, tiny):
-    config = dataclasses.replace(tiny, epochs=100_000, minutes=0.02, sample_every=10_000, save_every=10_000)
-    assert "models_vA0/final and" in call(train, *flags(config))
-    about = checkpoint.about(Path("models_vA0/final"))
-    assert 1.2 <= about["seconds"] < 10
-    assert about["step"] == metrics()[-1]["step"] > 1

@@ -6,39 +6,43 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from golden import make_train_step
 
 import checkpoint
 import dataloader
+import ema
 import parallel
 import schedule as schedules
 import training
 
-KEYS = training.Keys(*jax.random.split(jax.random.key(7), len(training.Keys._fields)))
+KEY = jax.random.key(7)
 TEXT_DIM = 5
+ROWS = dataloader.Rows(np.int32([[3, 1, 6], [0, 5, 2], [4, 4, 1], [6, 0, 3]]), np.int32([[4, 0, 7], [1, 6, 3]] * 2))
 
 
 @pytest.fixture(scope="module")
 def data():
-    keys = jax.random.split(jax.random.key(1), 3)
+    """Seven pictures with a caption each; row 0 of the captions is the empty one."""
+    keys = jax.random.split(jax.random.key(1), 2)
     return dataloader.Data(
         images=jax.random.randint(keys[0], (7, 8, 12, 3), 0, 256).astype(jnp.uint8),
-        text_emb=jax.random.normal(keys[1], (7, 7, TEXT_DIM)),
-        text_mask=jnp.ones((7, 7), bool),
-        null_emb=jax.random.normal(keys[2], (7, TEXT_DIM)),
-        null_mask=jnp.ones(7, bool),
-        index=dataloader.one_each(7),
+        text_emb=jax.random.normal(keys[1], (8, 7, TEXT_DIM)),
+        text_mask=jnp.ones((8, 7), bool),
     )
 
 
-@pytest.fixture(scope="module")
-def compiled(tiny):
-    return training.build_train_step(tiny, training.structure(tiny, TEXT_DIM))
+def rows(step, n=1):
+    """The rows of n steps."""
+    return jax.tree.map(lambda part: np.take(part, range(step, step + n), axis=0, mode="wrap"), ROWS)
+
+
+@functools.cache
+def build(config):
+    return training.build_train_step(config, training.graphdef(config, TEXT_DIM), steps=100)
 
 
 @functools.cache
 def start(config):
-    return training.init(config, TEXT_DIM, jax.random.key(0))
+    return parallel.replicate(training.init_state(config, TEXT_DIM, jax.random.key(0)))
 
 
 def fresh(config):
@@ -46,199 +50,148 @@ def fresh(config):
     return jax.tree.map(jnp.copy, start(config))
 
 
+def take(config, state, data, steps, step=0):
+    for number in range(step, step + steps):
+        state, loss = build(config)(state, data, rows(number), KEY)
+    return state, loss
+
+
 def same(a, b):
     for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_array_equal(x, y, err_msg=str(path))
 
 
-def test_stopping_and_going_on_equals_not_stopping(tiny, data, compiled, tmp_path):
-    state = fresh(tiny)
-    for _ in range(4):
-        state, _ = compiled(state, data, KEYS)
-    half = fresh(tiny)
-    for _ in range(2):
-        half, _ = compiled(half, data, KEYS)
-    items = training.resumable(half)
+def near(a, b, share=1e-3):
+    """Two trees differ by at most a share of their size, each taken as one vector."""
+    a, b = (jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(tree)]) for tree in (a, b))
+    assert jnp.linalg.norm(a - b) <= share * jnp.linalg.norm(b)
+
+
+def test_stopping_and_going_on_equals_not_stopping(tiny, data, tmp_path):
+    whole, _ = take(tiny, fresh(tiny), data, 4)
+    half, _ = take(tiny, fresh(tiny), data, 2)
+    items = training.to_checkpoint(half)
     checkpoint.save(tmp_path / "epoch1", items, about={"step": 2})
-    resumed = training.resumed(fresh(tiny), checkpoint.restore(checkpoint.newest(tmp_path), items))
-    for _ in range(2):
-        resumed, _ = compiled(resumed, data, KEYS)
-    same(state._replace(records=()), resumed._replace(records=()))
+    resumed = training.from_checkpoint(checkpoint.restore(checkpoint.newest(tmp_path), items))
+    resumed, _ = take(tiny, parallel.replicate(resumed), data, 2, step=2)
+    same(whole._replace(metrics=()), resumed._replace(metrics=()))
 
 
 def test_the_step_is_traced_once(tiny, data, monkeypatch):
-    traces, sample_batch = [], dataloader.sample_batch
-    monkeypatch.setattr(dataloader, "sample_batch", lambda *a, **k: traces.append(1) or sample_batch(*a, **k))
-    state = fresh(tiny)
-    step = training.build_train_step(tiny, training.structure(tiny, TEXT_DIM))
-    for _ in range(3):
-        state, _ = step(state, data, KEYS)
-    state, _ = step(state._replace(records=parallel.replicate(training.no_records())), data, KEYS)
+    traces, batch = [], dataloader.batch
+    monkeypatch.setattr(dataloader, "batch", lambda *a: traces.append(1) or batch(*a))
+    step, state = training.build_train_step(tiny, training.graphdef(tiny, TEXT_DIM)), fresh(tiny)
+    for number in range(3):
+        state, _ = step(state, data, rows(number), KEY)
+        state = state._replace(metrics=parallel.replicate(training.zero_metrics()))
     assert len(traces) == 1
 
 
-def test_several_steps_in_one_program_equal_as_many_by_themselves(tiny, data, compiled):
-    one, n = fresh(tiny), 4
-    for _ in range(n):
-        one, loss = compiled(one, data, KEYS)
-    together, last_loss = training.several(compiled, n)(fresh(tiny), data, KEYS)
-    np.testing.assert_allclose(last_loss, loss, rtol=1e-5)
-    for a, b in zip(*map(jax.tree.leaves, ((one.records, one.step), (together.records, together.step))), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5)
-    tree = optax.tree
-    moments = one.optimizer.mean
-    assert tree.norm(tree.sub(moments, together.optimizer.mean)) < 1e-4 * tree.norm(moments)
-    for found, expected in zip((together.weights, *together.ema), (one.weights, *one.ema), strict=True):
-        moved = tree.norm(tree.sub(expected, start(tiny).weights))
-        assert tree.norm(tree.sub(found, expected)) <= 0.01 * moved  # AdamW takes the sign even of a rounding error
+def test_several_steps_in_one_program_equal_as_many_by_themselves(tiny, data):
+    apart, loss = take(tiny, fresh(tiny), data, 3)
+    at_once, last_loss = build(tiny)(fresh(tiny), data, rows(0, 3), KEY)
+    np.testing.assert_allclose(last_loss, loss, rtol=1e-3)
+    assert int(at_once.step) == 3
+    near(at_once.metrics.loss, apart.metrics.loss)
+    near(at_once.opt_state, apart.opt_state)
 
 
-def test_a_step_that_is_not_finite_changes_no_weight_and_is_counted(tiny, data, compiled):
+def test_a_batch_without_rows_is_taken_as_it_is(tiny, data):
+    chosen = jax.tree.map(lambda part: part[0], rows(0))
+    one, loss = build(tiny)(fresh(tiny), data, rows(0), KEY)
+    other, same_loss = build(tiny)(fresh(tiny), dataloader.gather(data, chosen), None, KEY)
+    np.testing.assert_allclose(loss, same_loss, rtol=1e-4)
+    near(one.opt_state, other.opt_state)
+
+
+def poisoned(data):
+    return data._replace(text_emb=jnp.full_like(data.text_emb, jnp.nan))
+
+
+def test_a_step_that_is_not_finite_changes_no_weight_and_is_counted(tiny, data):
     before = fresh(tiny)
-    poisoned = data._replace(
-        text_emb=jnp.full_like(data.text_emb, jnp.nan), null_emb=jnp.full_like(data.null_emb, jnp.nan)
-    )
-    after, loss = compiled(fresh(tiny), poisoned, KEYS)
+    after, loss = take(tiny, fresh(tiny), poisoned(data), 1)
     assert not jnp.isfinite(loss)
-    same(before[:3], after[:3])
-    assert (int(after.records.skipped), int(after.step)) == (1, 1)
-    healed, _ = compiled(after, data, KEYS)
-    assert (int(healed.records.skipped), float(healed.records.count.sum())) == (1, tiny.B)
-
-
-def test_the_first_step_is_what_optax_makes_of_the_gradient(tiny, data):
-    """The jitted step against its parts: the loss of equation 14, its gradient, AdamW's update."""
-    tiny = dataclasses.replace(tiny, warmup=0)  # at step 0 of a warm-up nothing moves
-    state = fresh(tiny)
-    rates = {"B": tiny.B, "embedding_dropout": tiny.embedding_dropout}
-    batch = dataloader.sample_batch(data, KEYS.order, KEYS.dropout, state.step, **rates)
-    graphdef = training.structure(tiny, TEXT_DIM)
-    schedule = schedules.cosine(tiny.T)
-
-    def objective(weights, batch, noise_key):
-        model = training.nnx.merge(graphdef, training.nnx.State(weights))
-        t_key, eps_key = jax.random.split(jax.random.fold_in(noise_key, 0))
-        t = jax.random.randint(t_key, (tiny.B,), 1, tiny.T + 1)
-        noise = jax.random.normal(eps_key, batch.image.shape)
-        mixed = schedule.alpha[t][:, None, None, None] * batch.image + schedule.sigma[t][:, None, None, None] * noise
-        return jnp.mean((model(mixed, t, batch.text_emb, batch.text_mask) - noise) ** 2)
-
-    loss, gradient = jax.jit(jax.value_and_grad(objective))(state.weights, batch, KEYS.noise)
-    assert 0.8 < loss < 1.2  # the network starts as zero, the noise has unit variance
-    clipped, _ = optax.clip_by_global_norm(tiny.clip).update(gradient, optax.EmptyState())
-    optimizer = optax.adamw(tiny.learning_rate, weight_decay=tiny.weight_decay)
-    optimizer_state = optimizer.init(state.weights)
-    updates, optimizer_state = optimizer.update(clipped, optimizer_state, state.weights)
-    weights = optax.apply_updates(state.weights, updates)
-    after, jitted_loss = training.build_train_step(tiny, graphdef)(state, data, KEYS)
-    np.testing.assert_allclose(jitted_loss, loss, rtol=1e-5)
-    for new, expected in zip(jax.tree.leaves(after.weights), jax.tree.leaves(weights), strict=True):
-        differ = abs(new - expected) > 1e-4 * tiny.learning_rate
-        assert differ.mean() < 0.01  # where the gradient is nothing but rounding, its sign is chance
-
-
-def test_adamw_is_that_of_optax():
-    draw = np.random.default_rng(0).normal
-    weights = {"a": jnp.asarray(draw(size=(3, 4)), jnp.float32), "b": jnp.asarray(draw(size=5), jnp.float32)}
-    optimizer = optax.adamw(0.03, weight_decay=0.1)
-    state, expected = optimizer.init(weights), weights
-    nothing = jax.tree.map(jnp.zeros_like, weights)
-    moments = training.Moments(nothing, nothing, jnp.int32(0))
-    for _ in range(20):
-        gradient = jax.tree.map(lambda leaf: jnp.asarray(draw(size=leaf.shape), jnp.float32), weights)
-        updates, state = optimizer.update(gradient, state, expected)
-        expected = optax.apply_updates(expected, updates)
-        moments = training.moments_after(moments, gradient)
-        weights = training.adamw(weights, moments, jnp.float32(0.03), 0.1)
-    for found, wanted in zip(*map(jax.tree.leaves, (weights, expected)), strict=True):
-        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("length", [0.05, 0.1, 0.25])
-def test_an_average_keeps_its_length_as_a_share_of_the_run(length):
-    """Karras et al. 2024, Eq. 4: step t counts in proportion to t^gamma, whose relative deviation is `length`."""
-    steps = 2000
-    decays = np.array([training.ema_decay(jnp.int32(step), length) for step in range(steps)], np.float64)
-    share = (1 - decays) * np.append(np.cumprod(decays[:0:-1])[::-1], 1.0)  # of each step in the last average
-    np.testing.assert_allclose(share.sum(), 1, rtol=1e-4)  # nothing is left of the initial weights
-    place = (np.arange(steps) + 1) / steps
-    mean = (share * place).sum()
-    np.testing.assert_allclose(np.sqrt((share * (place - mean) ** 2).sum()), length, rtol=1e-2)
-
-
-def test_every_eighth_step_enters_the_averages_by_its_share(tiny, data, compiled):
-    state, entered = fresh(tiny), []
-    for step in range(2 * training.EMA_EVERY + 3):
-        state, _ = compiled(state, data, KEYS)
-        if step % training.EMA_EVERY == 0:
-            entered.append(jax.tree.map(np.asarray, state.weights))
-    for average, length in ((state.ema.short, tiny.ema_short), (state.ema.long, tiny.ema_long)):
-        _, second, third = (float(training.ema_decay(jnp.int32(number), length)) for number in range(3))
-        for found, *seen in zip(*map(jax.tree.leaves, (average, *entered)), strict=True):
-            expected = third * (second * seen[0] + (1 - second) * seen[1]) + (1 - third) * seen[2]
-            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
-
-
-GOLDEN = dict(np.load(make_train_step.FILE))
-
-
-@pytest.mark.parametrize(
-    "no_op",
-    [
-        {},
-        {"loss_weight": "min_snr", "snr_gamma": 1000.0},  # ε is then weighed by min(SNR, γ) / SNR, SNR below 1000
-        {"augmentation": 1e-12, "dropout": 1e-12, "accumulate": 3},  # the network is told of no change, and drops none
-    ],
-    ids=str,
-)
-def test_options_at_their_no_op_value_leave_a_step_as_it_was_before_they_came(no_op):
-    found = make_train_step.run(dataclasses.replace(make_train_step.CONFIG, **no_op))
-    np.testing.assert_allclose(found["losses"], GOLDEN["losses"], rtol=5e-4)  # parts of a batch round differently
-    if len(found["sizes"]) == len(GOLDEN["sizes"]):
-        np.testing.assert_allclose(found["sizes"], GOLDEN["sizes"], rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
-def test_one_batch_can_be_learned(tiny, data, prediction):
-    config = dataclasses.replace(
-        tiny, prediction=prediction, B=5, learning_rate=5e-3, embedding_dropout=0.0, BASE_DIM=16
+    same((before.weights, before.opt_state), (after.weights, after.opt_state))
+    assert (int(after.metrics.skipped), int(after.metrics.streak), int(after.step)) == (1, 1, 1)
+    after, _ = take(tiny, after, poisoned(data), 1, step=1)
+    assert (int(after.metrics.skipped), int(after.metrics.streak)) == (2, 2)
+    after = after._replace(metrics=parallel.replicate(training.zero_metrics(2)))
+    after, _ = take(tiny, after, poisoned(data), 1, step=2)
+    assert (int(after.metrics.skipped), int(after.metrics.streak)) == (1, 3)
+    healed, _ = take(tiny, after, data, 1, step=3)
+    assert (int(healed.metrics.skipped), int(healed.metrics.streak), float(healed.metrics.count.sum())) == (
+        1,
+        0,
+        tiny.B,
     )
-    few = data._replace(images=data.images[:1] // 64 * 64, text_emb=data.text_emb[:1], text_mask=data.text_mask[:1])
-    few = few._replace(index=dataloader.one_each(1))
-    state = fresh(config)
-    step = training.build_train_step(config, training.structure(config, TEXT_DIM))
-    losses = []
+
+
+def test_the_loss_and_its_gradient_are_those_of_equation_14(tiny, data):
+    """The jitted step against its parts, written out; AdamW's first update is the sign of the gradient, so of that."""
+    state, graphdef, schedule = fresh(tiny), training.graphdef(tiny, TEXT_DIM), schedules.cosine(tiny.T)
+    image = dataloader.to_float(data.images[ROWS.images[0]])
+    text_emb, text_mask = data.text_emb[ROWS.captions[0]], data.text_mask[ROWS.captions[0]]
+
+    def objective(weights):
+        model = training.nnx.merge(graphdef, training.nnx.State(weights))
+        t_key, noise_key, _, _ = jax.random.split(jax.random.fold_in(KEY, 0), 4)
+        t = jax.random.randint(t_key, (tiny.B,), 1, tiny.T + 1)
+        noise = jax.random.normal(noise_key, image.shape)
+        mixed = schedule.alpha[t][:, None, None, None] * image + schedule.sigma[t][:, None, None, None] * noise
+        return jnp.mean((model(mixed, t, text_emb, text_mask) - noise) ** 2)
+
+    loss, gradient = jax.jit(jax.value_and_grad(objective))(state.weights)
+    assert 0.8 < loss < 1.2  # the network starts as zero, the noise has unit variance
+    after, jitted_loss = take(tiny, state, data, 1)
+    np.testing.assert_allclose(jitted_loss, loss, rtol=1e-4)
+    clipped, _ = optax.clip_by_global_norm(tiny.clip).update(gradient, optax.EmptyState())
+    near(optax.tree.get(after.opt_state, "mu"), jax.tree.map(lambda leaf: 0.1 * leaf, clipped))  # 1 - beta1
+    np.testing.assert_allclose(after.metrics.grad_norm, optax.tree.norm(gradient), rtol=1e-3)
+
+
+@pytest.mark.parametrize("no_op", [{"augmentation": 1e-12, "dropout": 1e-12}, {"loss_weight": "min_snr"}], ids=str)
+def test_options_at_their_no_op_value_leave_a_step_as_it_is_without_them(tiny, data, no_op, monkeypatch):
+    """A network that is told of no change and drops nothing; the noise weighed by min(SNR, γ) / SNR with a vast γ."""
+    monkeypatch.setattr(training, "SNR_GAMMA", 1e9)
+    plain, loss = take(tiny, fresh(tiny), data, 1)
+    config = dataclasses.replace(tiny, **no_op)
+    weights = {**start(config).weights, **start(tiny).weights}  # but for the layer that learns of augmentation
+    state = fresh(config)._replace(weights=jax.tree.map(jnp.copy, weights))
+    found, found_loss = build(config)(state, data, rows(0), KEY)
+    np.testing.assert_allclose(found_loss, loss, rtol=1e-4)
+    np.testing.assert_allclose(found.metrics.grad_norm, plain.metrics.grad_norm, rtol=1e-3)
+    near(found.metrics.loss, plain.metrics.loss)
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("prediction", ["v", pytest.param("eps", marks=SLOW), pytest.param("x0", marks=SLOW)])
+def test_one_batch_can_be_learned(tiny, data, prediction):
+    config = dataclasses.replace(tiny, prediction=prediction, B=5, learning_rate=5e-3, BASE_DIM=16)
+    few = data._replace(images=data.images[:1] // 64 * 64)
+    state, losses, zeros = fresh(config), [], dataloader.Rows(*np.zeros((2, 1, 5), np.int32))
     for _ in range(150):
-        state, loss = step(state, few, KEYS)
+        state, loss = build(config)(state, few, zeros, KEY)
         losses.append(loss)
     assert np.mean(losses[-10:]) < 0.35 * np.mean(losses[:10])
 
 
-def test_records_sort_the_loss_by_noise_level(tiny, data, compiled):
+def test_metrics_sort_the_loss_by_noise_level(tiny, data):
     state, total = fresh(tiny), 0.0
-    for _ in range(5):
-        state, loss = compiled(state, data, KEYS)
+    for step in range(5):
+        state, loss = take(tiny, state, data, 1, step=step)
         total += float(loss) * tiny.B
-    assert float(state.records.count.sum()) == 5 * tiny.B
-    np.testing.assert_allclose(state.records.loss.sum(), total, rtol=1e-5)
-    assert float(state.records.grad_norm) > 0
-
-
-def test_even_timesteps_meet_every_stretch_once_and_every_step_alike(tiny):
-    config = dataclasses.replace(tiny, T=40, B=10, low_discrepancy=True)
-    draws = jax.vmap(lambda key: training.random_steps(key, config))(jax.random.split(jax.random.key(0), 4000))
-    stretches = np.sort((np.asarray(draws) - 1) // 4, axis=1)
-    assert (stretches == np.arange(10)).mean() > 0.99  # rounding may put two on one border
-    counts = np.bincount(np.asarray(draws).ravel(), minlength=41)
-    assert counts[0] == 0
-    assert len(counts) == 41
-    np.testing.assert_allclose(counts[1:], 1000, atol=5 * np.sqrt(1000))
+    assert float(state.metrics.count.sum()) == 5 * tiny.B
+    np.testing.assert_allclose(state.metrics.loss.sum(), total, rtol=1e-4)
+    assert float(state.metrics.grad_norm) > 0
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
 def test_min_snr_weighs_the_error_of_the_clean_image_alike_for_every_prediction(tiny, prediction):
     """The loss of a wrong estimate of the image, made from that estimate in each prediction's own terms."""
-    config = dataclasses.replace(tiny, prediction=prediction, loss_weight="min_snr", snr_gamma=3.0)
+    config = dataclasses.replace(tiny, prediction=prediction, loss_weight="min_snr")
     schedule, t = schedules.from_config(config), jnp.array([1, 7, 20, 33, 49])
     keys = jax.random.split(jax.random.key(3), 3)
     image, noise, wrong = (jax.random.normal(key, (5, 2, 3, 1)) for key in keys)
@@ -249,38 +202,64 @@ def test_min_snr_weighs_the_error_of_the_clean_image_alike_for_every_prediction(
         "x0": wrong,
     }[prediction]
     batch = dataloader.Batch(image, jnp.zeros((5, 1, 1)), jnp.ones((5, 1), bool))
-    losses = training.loss_at(lambda *_: claimed, batch, noise, t, schedule, prediction)
+    losses = training.squared_error(lambda *_: claimed, batch, noise, t, schedule, prediction)
     snr = np.exp(np.asarray(schedule.log_snr, np.float64)[t])
-    expected = np.minimum(snr, 3.0) * np.mean((wrong - image) ** 2, axis=(1, 2, 3))
+    expected = np.minimum(snr, training.SNR_GAMMA) * np.mean((wrong - image) ** 2, axis=(1, 2, 3))
     np.testing.assert_allclose(training.loss_weight(schedule, t, config) * losses, expected, rtol=2e-3)
 
 
 def test_accumulation_equals_the_large_batch(tiny, data):
-    config = dataclasses.replace(tiny, B=6, embedding_dropout=0.5, loss_weight="min_snr", augmentation=0.5)
-    graphdef, after = training.structure(config, TEXT_DIM), []
+    config = dataclasses.replace(tiny, B=6, loss_weight="min_snr", augmentation=0.5)
+    six, after = dataloader.Rows(*np.int32([[[3, 1, 6, 0, 2, 5]], [[4, 0, 7, 1, 3, 0]]])), []
     for parts in (1, 3):
-        step = training.build_train_step(dataclasses.replace(config, accumulate=parts), graphdef)
-        state, loss = step(fresh(config), data, KEYS)
-        after.append((loss, state.optimizer.mean, state.records))
-    for one, other in zip(*map(jax.tree.leaves, after), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+        split = dataclasses.replace(config, accumulate=parts)
+        state, loss = build(split)(fresh(split), data, six, KEY)
+        after.append((loss, optax.tree.get(state.opt_state, "mu"), state.metrics))
+    for one, other in zip(*after, strict=True):
+        near(one, other)
 
 
-def test_the_learning_rate_rises_then_falls_to_zero_at_the_last_step(tiny):
-    for decay, half_way, end in (("constant", 0.1, 0.1), ("cosine", 0.05, 0), ("linear", 0.05, 0)):
+def test_the_learning_rate_rises_then_falls_to_zero_after_the_last_step(tiny):
+    for decay, half_way, last in (("constant", 0.1, 0.1), ("cosine", 0.05, 0), ("linear", 0.05, 0)):
         rate = training.learning_rate(dataclasses.replace(tiny, warmup=10, learning_rate=0.1, decay=decay), 110)
-        np.testing.assert_allclose([rate(0), rate(5), rate(10)], [0, 0.05, 0.1], atol=1e-6)
-        np.testing.assert_allclose([rate(60), rate(110)], [half_way, end], atol=1e-6)
+        np.testing.assert_allclose([rate(0), rate(4), rate(9), rate(10)], [0.01, 0.05, 0.1, 0.1], atol=1e-6)
+        np.testing.assert_allclose([rate(60), rate(110)], [half_way, last], atol=1e-6)
+        assert rate(109) > 0
+    assert training.learning_rate(dataclasses.replace(tiny, warmup=0, learning_rate=0.1), 110)(0) == pytest.approx(0.1)
 
 
-def test_steps_skipped_in_a_row_are_counted_across_readings(tiny, data, compiled):
-    poisoned = data._replace(
-        text_emb=jnp.full_like(data.text_emb, jnp.nan), null_emb=jnp.full_like(data.null_emb, jnp.nan)
+# Averages of the weights.
+
+
+@pytest.mark.parametrize("length", [0.05, 0.1, 0.25])
+@pytest.mark.parametrize("every", [1, 8])
+def test_an_average_keeps_its_length_as_a_share_of_the_run(length, every):
+    """Karras et al. 2024, Eq. 4: step t counts in proportion to t^gamma, whose relative deviation is `length`."""
+    steps = np.arange(every, 4000 + every, every)
+    new = np.array(jax.vmap(lambda a, b: ema.entering(a, b, length))(jnp.asarray(steps - every), jnp.asarray(steps)))
+    share = new.astype(np.float64) * np.append(np.cumprod(1 - new[:0:-1].astype(np.float64))[::-1], 1.0)
+    np.testing.assert_allclose(share.sum(), 1, rtol=1e-3)  # nothing is left of the initial weights
+    place = steps / steps[-1]
+    mean = (share * place).sum()
+    np.testing.assert_allclose(np.sqrt((share * (place - mean) ** 2).sum()), length, rtol=0.05)
+
+
+def test_averages_depend_on_the_weights_that_entered_and_the_last_step_always_does(tiny):
+    weights = [{"w": jnp.float32(value)} for value in (5.0, -2.0, 1.0)]
+    update = ema.build_update(tiny)
+    averages, expected = parallel.replicate(ema.start({"w": jnp.float32(9.0)})), 9.0
+    for step, before, value in ((3, 0, weights[0]), (8, 3, weights[1]), (9, 8, weights[2])):
+        averages = update(averages, value, jnp.int32(step))
+        kept = (before / step) ** (ema.gamma(tiny.ema_short) + 1)
+        expected = kept * expected + (1 - kept) * float(value["w"])
+        np.testing.assert_allclose(averages.short["w"], expected, rtol=1e-4)
+    again = update(jax.tree.map(jnp.copy, averages), {"w": jnp.float32(77.0)}, jnp.int32(9))
+    same(again, averages)  # a second update at the same step changes nothing
+    assert abs(averages.long["w"] - averages.short["w"]) > 1e-3
+
+
+def test_after_one_step_the_averages_are_its_weights(tiny):
+    averages = ema.build_update(tiny)(
+        parallel.replicate(ema.start({"w": jnp.float32(9.0)})), {"w": jnp.float32(4.0)}, 1
     )
-    state = fresh(tiny)
-    for source in (poisoned, data, poisoned, poisoned):
-        state, _ = compiled(state, source, KEYS)
-    counts = [int(getattr(state.records, name)) for name in ("skipped", "forward", "streak", "longest")]
-    assert counts == [3, 3, 2, 2]
-    state, _ = compiled(state._replace(records=parallel.replicate(training.no_records(2))), poisoned, KEYS)
-    assert int(state.records.longest) == 3
+    assert (averages.short["w"], averages.long["w"]) == (4.0, 4.0)
