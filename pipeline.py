@@ -267,14 +267,13 @@ class DiffusionPipeline:
         if edit is not None:
             strength, image, mask = self._open(edit)
             times = times[-1 - max(1, round(strength * sampling.steps)) :]
-        controls = Controls(
+        controls = jax.device_put(Controls(
             guidance=None if sampling.c == 1 else np.float32(sampling.c),
             rescale=np.float32(sampling.rescale),
             interval=None if sampling.interval == (0.0, 1.0) else np.float32(sampling.interval),
             percentile=None if sampling.percentile is None else np.float32(sampling.percentile),
             eta=np.float32(sampling.eta), temperature=np.float32(sampling.temperature), image=image, mask=mask,
-        )  # fmt: skip
-        controls = jax.device_put(controls)
+        ))  # fmt: skip
 
         text_emb, text_mask = self.encoder([*flat, sampling.negative_prompt], self.config.TEXT_LEN)
         text = np.concatenate([np.arange(n * k).reshape(n, k), np.full((n, 1), n * k)], axis=1)  # rows of text_emb

@@ -31,9 +31,6 @@ Images = Float[Array, "b h w c"]
 Denoise = Callable[[Images, Int[Array, "b"]], Images]
 
 
-# Timesteps
-
-
 def trailing(schedule: Schedule, steps: int) -> Num[np.ndarray, "n"]:
     """Evenly spaced, the noisiest included (Lin et al. 2024, Table 2)."""
     return np.linspace(schedule.T, 0, steps + 1)[:-1]
@@ -56,9 +53,6 @@ def timesteps(schedule: Schedule, spacing: str, steps: int) -> Int[np.ndarray, "
     if not 1 <= steps <= schedule.T:
         raise ValueError(f"steps = {steps}: allowed are whole numbers from 1 to the {schedule.T} steps of the schedule")
     return np.round(np.append(SPACINGS[spacing](schedule, steps), 0)).astype(np.int32)
-
-
-# One step
 
 
 class FreshNoise(NamedTuple):
