@@ -88,7 +88,7 @@ class Weighing(nnx.Module):
     def __init__(self):
         self.weights = nnx.Param(jnp.zeros(4))
 
-    def __call__(self, noisy, t, text_emb, text_mask):
+    def __call__(self, noisy, t, text_emb, text_mask, *_):
         a, b, c, d = self.weights[...]
         words = (text_emb * text_mask[..., None]).mean((1, 2))
         return a * noisy + (b * t / 50 + c * words + d)[:, None, None, None]
