@@ -4,8 +4,8 @@ Captions are encoded once by the frozen text encoder and kept on the disk. What 
 from the seed and the step alone, so that a run can go on at any step and nothing about the data has to be saved:
 
     rows      which pictures, and which of their captions; row 0 of the captions is the empty one
-    gather    these rows, from arrays on the device or from files on the disk
-    batch     the bytes as floats in [-1, 1]
+    gather    these rows, from arrays on the device (`Memory`); `Stream` reads them from files instead
+    batch     their bytes as floats in [-1, 1]
 
 An epoch is one pass over the concepts, the rows of the CSV, in an order of its own: one NumPy permutation from (seed,
 pass). Where several vendors have a picture of a concept, they take turns from pass to pass. A caption may be replaced
@@ -127,7 +127,7 @@ def gather(data: Data, rows: Rows) -> Data:
 
 
 def batch(data: Data) -> Batch:
-    """The same with pictures as floats in [-1, 1]."""
+    """What a step is computed from: pictures as floats in [-1, 1], and captions."""
     return Batch(to_float(data.images), data.text_emb, data.text_mask)
 
 

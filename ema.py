@@ -1,7 +1,7 @@
 """Moving averages of the weights, which sampling uses instead of the last weights.
 
 The weights of step t count in proportion to t^γ, so an average always covers the same share of the run: the
-power-function average of Karras et al. 2024, Eq. 4. Its length is the relative standard deviation of that weighting.
+power-function average of Karras et al. 2024a, Eq. 4. Its length is the relative standard deviation of that weighting.
 From step s to step t the old average keeps the share
 
     (s / t)^(γ + 1)
@@ -38,7 +38,7 @@ def start(weights: dict) -> Averages:
 
 
 def gamma(length: float) -> float:
-    """The exponent of an average of this length (Karras et al. 2024, Algorithm 2)."""
+    """The exponent of an average of this length (Karras et al. 2024a, Algorithm 2)."""
     return np.roots([1, 7, 16 - length**-2, 12 - length**-2]).real.max()
 
 

@@ -15,11 +15,11 @@ from samplers import Denoise, Images
 Both = Callable[[Images, Int[Array, "b"]], tuple[Images, Images]]
 
 
-def guide(both: Both, guidance: Float[Array, ""], rescale: Float[Array, ""]) -> Denoise:
-    """Classifier-free guidance: negative + guidance * (positive - negative)  (Ho & Salimans 2022, Eq. 6).
+def classifier_free(both: Both, guidance: Float[Array, ""], rescale: Float[Array, ""]) -> Denoise:
+    """Guided estimate: negative + guidance * (positive - negative)  (Ho & Salimans 2022, Eq. 6; guidance = 1 + w).
 
     both(noisy, t) returns the positive and the negative estimate: with the caption, and with the empty caption or a
-    negative prompt; or both with the caption, the negative one by a worse network (autoguidance, Karras et al. 2024,
+    negative prompt; or both with the caption, the negative one by a worse network (autoguidance, Karras et al. 2024b,
     Eq. 3). rescale (0 … 1) takes back the contrast that guidance adds to the positive estimate (Lin et al. 2024,
     Eq. 15 and 16), here about each image's mean, so that no image turns darker.
     """

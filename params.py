@@ -6,14 +6,13 @@ configuration is saved as JSON inside every checkpoint, so that sampling from on
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 FORMER = {"max_bad", "snr_gamma", "low_discrepancy", "heldout"}  # fields that older checkpoints hold; not read any more
 
 
-def within(default: float, low: float, high: float) -> Any:
+def within(default: float | None, low: float, high: float) -> Any:
     """A number between low and high, both allowed; `default` if nothing is said."""
     return dataclasses.field(default=default, metadata={"range": (low, high)})
 
@@ -129,16 +128,27 @@ class Params:
 
 
 def check_fields(config: Any) -> None:
-    """Raise ValueError, naming the field, where a value is outside its range or is none of its choices."""
+    """Raise ValueError, naming the field, where a value is outside its range or is none of its choices.
+
+    A number of another kind, such as NumPy's, becomes a plain one, that JSON can keep.
+    """
     hints = get_type_hints(type(config))
     for field in dataclasses.fields(config):
-        value, choices = getattr(config, field.name), get_args(hints[field.name])
-        if "range" in field.metadata:
-            low, high = field.metadata["range"]
-            if not (math.isfinite(value) and low <= value <= high):
-                raise ValueError(f"{field.name} = {value}: allowed are values from {low} to {high}")
-        elif get_origin(hints[field.name]) is Literal and value not in choices:
-            raise ValueError(f"{field.name} = {value!r}: allowed are {', '.join(map(repr, choices))}")
+        value, hint = getattr(config, field.name), hints[field.name]
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            raise ValueError(f"{field.name} = {value!r}: allowed are {', '.join(map(str, get_args(hint)))}")
+        if "range" not in field.metadata or (value is None and field.default is None):
+            continue
+        (low, high), kind = field.metadata["range"], int if int in (hint, *get_args(hint)) else float
+        try:
+            number = kind(value)
+            valid = number == value and low <= number <= high
+        except (TypeError, ValueError, OverflowError):
+            valid = False
+        if not valid:
+            what = "whole numbers" if kind is int else "numbers"
+            raise ValueError(f"{field.name} = {value!r}: allowed are {what} from {low} to {high}")
+        object.__setattr__(config, field.name, number)
 
 
 _cpu = Params(
@@ -173,11 +183,6 @@ Sampler = Literal["ddim", "ddpm", "heun", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m"
 Spacing = Literal["trailing", "log_snr"]  # keys of samplers.SPACINGS
 
 
-def within(default, low: float, high: float):
-    """A number between low and high, both allowed; `default` if nothing is said."""
-    return dataclasses.field(default=default, metadata={"range": (low, high)})
-
-
 @dataclass(frozen=True)
 class Sampling:
     c: float = within(7.0, 0, 1000)  # guidance: 1 follows the caption as learned in half the time, more insists on it
@@ -192,23 +197,7 @@ class Sampling:
     percentile: float | None = within(None, 0, 1)  # dynamic thresholding; if nothing is said, estimates are clipped
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value, bounds = getattr(self, field.name), field.metadata.get("range")
-            if bounds is None or (value is None and field.default is None):
-                continue
-            kind = int if int in get_args(field.type) else float
-            try:
-                number = kind(value)
-                valid = number == value and bounds[0] <= number <= bounds[1]
-            except (TypeError, ValueError, OverflowError):
-                valid = False
-            if not valid:
-                what = "whole numbers" if kind is int else "numbers"
-                raise ValueError(f"{field.name} = {value!r}: allowed are {what} from {bounds[0]} to {bounds[1]}")
-            object.__setattr__(self, field.name, number)  # a plain number, that JSON can keep, of whatever it was
-        for name, allowed in (("sampler", get_args(Sampler)), ("spacing", get_args(Spacing))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} = {getattr(self, name)!r}: allowed are {', '.join(allowed)}")
+        check_fields(self)
         ends = tuple(map(float, self.interval))
         if len(ends) != 2 or not 0 <= ends[0] <= ends[1] <= 1:
             raise ValueError(f"interval = {self.interval}: allowed are two numbers with 0 <= low <= high <= 1")

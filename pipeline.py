@@ -257,6 +257,8 @@ class DiffusionPipeline:
             if not (isinstance(seed, int | np.integer) and 0 <= seed < 2**31):
                 raise ValueError(f"seed = {seed}: allowed are whole numbers from 0 to {2**31 - 1}")
         sampling, worse = self.resolved(sampling or Sampling()), self._worse
+        if worse is not None and sampling.c == 1:
+            raise ValueError("a guide does nothing at c = 1: raise c or leave it out")
         if worse is not None and sampling.negative_prompt:
             raise ValueError("negative_prompt and a guide exclude each other: both say what to steer away from")
 
@@ -265,14 +267,13 @@ class DiffusionPipeline:
         if edit is not None:
             strength, image, mask = self._open(edit)
             times = times[-1 - max(1, round(strength * sampling.steps)) :]
-        controls = Controls(
+        controls = jax.device_put(Controls(
             guidance=None if sampling.c == 1 else np.float32(sampling.c),
             rescale=np.float32(sampling.rescale),
             interval=None if sampling.interval == (0.0, 1.0) else np.float32(sampling.interval),
             percentile=None if sampling.percentile is None else np.float32(sampling.percentile),
             eta=np.float32(sampling.eta), temperature=np.float32(sampling.temperature), image=image, mask=mask,
-        )  # fmt: skip
-        controls = jax.device_put(controls)
+        ))  # fmt: skip
 
         text_emb, text_mask = self.encoder([*flat, sampling.negative_prompt], self.config.TEXT_LEN)
         text = np.concatenate([np.arange(n * k).reshape(n, k), np.full((n, 1), n * k)], axis=1)  # rows of text_emb

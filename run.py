@@ -1,4 +1,7 @@
-"""A run under way: what is due after a step, and what a run writes: metrics, checkpoints and sample grids."""
+"""A run: how it starts or goes on from a checkpoint, what is due after a step, and what it writes.
+
+It writes lines of metrics.jsonl, checkpoints and sample grids.
+"""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext

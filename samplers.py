@@ -13,7 +13,8 @@ so a step needs only the mean of denoised over it, weighted by e^λ. The solvers
     dpmpp_3m   a parabola through the last three, averaged exactly         order 3
 
 All have one signature. eta = 0 solves the ODE, and the orders are meant for it; eta = 1 replaces as much noise in each
-step as ancestral sampling does. To add a solver, write a function and add its line to SOLVERS.
+step as ancestral sampling does: `ddpm` is ddim with it, `dpmpp_2m_sde` is dpmpp_2m with it. To add a solver, write a
+function, add its line to SOLVERS, and its name to `Sampler` in params.py.
 """
 
 from collections.abc import Callable
@@ -28,9 +29,6 @@ from schedule import Schedule
 
 Images = Float[Array, "b h w c"]
 Denoise = Callable[[Images, Int[Array, "b"]], Images]
-
-
-# Timesteps
 
 
 def trailing(schedule: Schedule, steps: int) -> Num[np.ndarray, "n"]:
@@ -55,9 +53,6 @@ def timesteps(schedule: Schedule, spacing: str, steps: int) -> Int[np.ndarray, "
     if not 1 <= steps <= schedule.T:
         raise ValueError(f"steps = {steps}: allowed are whole numbers from 1 to the {schedule.T} steps of the schedule")
     return np.round(np.append(SPACINGS[spacing](schedule, steps), 0)).astype(np.int32)
-
-
-# One step
 
 
 class FreshNoise(NamedTuple):
@@ -90,9 +85,10 @@ def steps_between(schedule: Schedule, timesteps: Int[np.ndarray, "n"]) -> tuple[
     return Step(jnp.arange(len(t)), t, t_next, *mixes), h
 
 
-def ddim_step(noisy: Images, denoised: Images, step: Step, fresh: FreshNoise) -> Images:
+def step_towards(noisy: Images, denoised: Images, step: Step, fresh: FreshNoise) -> Images:
     """One step towards `denoised`, with eta times the fresh noise of ancestral sampling  (Song et al. 2021a, Eq. 16).
 
+    Every solver takes this step, each with its own estimate of the mean of `denoised` over it.
     sqrt(sigma'² - new²) / sigma of `noisy` remains, here in a form that loses no digits at eta = 1.
     """
     decay = (step.alpha * step.sigma_next) / (step.alpha_next * step.sigma)  # e^-h
@@ -116,7 +112,7 @@ def ddim(denoise: Denoise, schedule: Schedule, noisy: Images, timesteps: Times, 
 
     def body(noisy, step):
         denoised = denoise(noisy, jnp.full(len(noisy), step.t))
-        return ddim_step(noisy, denoised, step, fresh), denoised
+        return step_towards(noisy, denoised, step, fresh), denoised
 
     return jax.lax.scan(body, noisy, steps)
 
@@ -138,10 +134,10 @@ def heun(denoise: Denoise, schedule: Schedule, noisy: Images, timesteps: Times, 
         start = denoise(noisy, jnp.full(len(noisy), step.t))
         end = jax.lax.cond(
             step.sigma_next > 0,
-            lambda: denoise(ddim_step(noisy, start, step, without_noise), jnp.full(len(noisy), step.t_next)),
+            lambda: denoise(step_towards(noisy, start, step, without_noise), jnp.full(len(noisy), step.t_next)),
             lambda: start,
         )
-        return ddim_step(noisy, start + share * (end - start), step, fresh), start
+        return step_towards(noisy, start + share * (end - start), step, fresh), start
 
     return jax.lax.scan(body, noisy, (steps, jnp.asarray(share)))
 
@@ -156,7 +152,7 @@ def dpmpp_2m(denoise: Denoise, schedule: Schedule, noisy: Images, timesteps: Tim
         (noisy, before), (step, ahead) = carry, now
         denoised = denoise(noisy, jnp.full(len(noisy), step.t))
         middle = denoised + ahead * (denoised - before)  # (1 + 1/2r) x_i - 1/2r x_(i-1), line 8
-        return (ddim_step(noisy, middle, step, fresh), denoised), denoised
+        return (step_towards(noisy, middle, step, fresh), denoised), denoised
 
     carry = noisy, jnp.zeros_like(noisy)
     (image, _), estimates = jax.lax.scan(body, carry, (steps, jnp.asarray(ahead)))
@@ -183,7 +179,7 @@ def dpmpp_3m(denoise: Denoise, schedule: Schedule, noisy: Images, timesteps: Tim
         d = denoise(noisy, jnp.full(len(noisy), step.t))
         slope, slope_before = (d - d1) / h1, (d1 - d2) / h2
         mean = d + linear * slope + parabolic * (slope - slope_before) / (h1 + h2)
-        return (ddim_step(noisy, mean, step, fresh), d, d1), d
+        return (step_towards(noisy, mean, step, fresh), d, d1), d
 
     carry, weights = (noisy, *jnp.zeros((2, *noisy.shape))), np.stack([h1, h2, linear, parabolic], axis=1)
     (image, *_), estimates = jax.lax.scan(body, carry, (steps, jnp.asarray(weights, jnp.float32)))

@@ -15,11 +15,11 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 import schedule as schedules
-from guidance import guide, inpaint, limit_to_interval, threshold
+from guidance import classifier_free, inpaint, limit_to_interval, threshold
 from images import to_bytes, to_float
 from model import network
 from params import Params
-from samplers import SOLVERS, FreshNoise
+from samplers import SOLVERS, FreshNoise, Images
 
 
 class Request(NamedTuple):
@@ -70,14 +70,14 @@ def build_sampler(
             denoised = schedules.denoised_from(schedule, rows, prediction, ts, config.prediction)
             return denoised.reshape(-1, k, *noisy.shape[1:])
 
-        def mix(each: Float[Array, "b k h w c"]) -> Float[Array, "b h w c"]:
+        def mix(each: Float[Array, "b k h w c"]) -> Images:
             first, last = each[:, 0], each[:, -1]
             return first if share is None else first + share[:, None, None, None] * (last - first)
 
-        def positive(noisy: Float[Array, "b h w c"], t: Int[Array, "b"]) -> Float[Array, "b h w c"]:
+        def positive(noisy: Images, t: Int[Array, "b"]) -> Images:
             return mix(estimates(config, graphdef, weights, noisy, t, slice(-1)))
 
-        def both(noisy: Float[Array, "b h w c"], t: Int[Array, "b"]):
+        def both(noisy: Images, t: Int[Array, "b"]) -> tuple[Images, Images]:
             if worse is not None:
                 return positive(noisy, t), mix(estimates(*worse, worse_weights, noisy, t, slice(-1)))
             each = estimates(config, graphdef, weights, noisy, t, slice(None))
@@ -85,7 +85,7 @@ def build_sampler(
 
         denoise = positive
         if controls.guidance is not None:
-            denoise = guide(both, controls.guidance, controls.rescale)
+            denoise = classifier_free(both, controls.guidance, controls.rescale)
             if controls.interval is not None:
                 denoise = limit_to_interval(controls.interval, config.T, denoise, positive)
         denoise = threshold(denoise, controls.percentile)
@@ -100,7 +100,7 @@ def build_sampler(
             if controls.mask is not None:
                 denoise = inpaint(denoise, image, controls.mask[None])
 
-        fresh = FreshNoise(keys[:, 0, 1], controls.eta, controls.temperature)
+        fresh = FreshNoise(keys[:, 0, 1], controls.eta, controls.temperature)  # the second key of the first seed
         image, steps = SOLVERS[sampler].solve(denoise, schedule, noisy, np.array(timesteps), fresh)
         return to_bytes(image), to_bytes(jnp.moveaxis(steps, 0, 1)) if trace else None
 

@@ -2,9 +2,9 @@
 
 Without a preset, the one that fits this machine is taken; every field of it can be overridden (`--help` lists them).
 Missing pictures are prepared first. Checkpoints go to `models_vA0/epoch{N}` and `models_vA0/final`, the loss to
-`models_vA0/metrics.jsonl`, sample grids to `validation_images/`. Ctrl-C saves and stops. With `--resume` the same
-command starts a run, goes on with one that was stopped or killed, and ends it with the same weights as if nothing had
-happened.
+`models_vA0/metrics.jsonl`, sample grids to `validation_images/models_vA0/`. Ctrl-C saves and stops. With `--resume` the
+same command starts a run, goes on with one that was stopped or killed, and ends it with the same weights as if nothing
+had happened.
 """
 
 import dataclasses
@@ -139,20 +139,6 @@ def load_data(config: Params) -> tuple["Pictures", "TextEncoder"]:
     return pictures, encoder
 
 
-def catch_signals() -> list[int]:
-    """A list that fills on the first Ctrl-C or SIGTERM; a second one stops at once, without saving."""
-    received = []
-
-    def handle(number: int, _frame) -> None:
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
-        print("\nstopping soon; once more to stop without saving", file=sys.stderr)
-
-    signal.signal(signal.SIGINT, handle)
-    signal.signal(signal.SIGTERM, handle)
-    return received
-
-
 # A run, from top to bottom.
 
 
@@ -211,6 +197,20 @@ def configure(options: Options) -> tuple[Params, Path | None]:
     if config.compute == "bfloat16" and not parallel.on_accelerator():
         print("--compute bfloat16: slower than float32 on most CPUs", file=sys.stderr)
     return config, newest
+
+
+def catch_signals() -> list[int]:
+    """A list that fills on the first Ctrl-C or SIGTERM; a second one stops at once, without saving."""
+    received = []
+
+    def handle(number: int, _frame) -> None:
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        print("\nstopping soon; once more to stop without saving", file=sys.stderr)
+
+    signal.signal(signal.SIGINT, handle)
+    signal.signal(signal.SIGTERM, handle)
+    return received
 
 
 def loop(run: "Run", state: "TrainState", source: "Memory | Stream") -> tuple["TrainState", str]:

@@ -40,11 +40,12 @@ def squared_error(
     t: Int[Array, "b"],
     schedule: schedules.Schedule,
     prediction: schedules.Prediction,
-    *regularization: Array | None,
+    labels: Array | None = None,
+    dropout_key: Key[Array, ""] | None = None,
 ) -> Float[Array, "b"]:
     """Squared error of the prediction at steps t, mean over each picture  (Ho et al. 2020, Eq. 14)."""
     noisy = schedules.add_noise(schedule, batch.image, noise, t)  # [b, h, w, c]
-    predicted = model(noisy, t, batch.text_emb, batch.text_mask, *regularization)  # [b, h, w, c]
+    predicted = model(noisy, t, batch.text_emb, batch.text_mask, labels, dropout_key)  # [b, h, w, c]
     target = schedules.target(schedule, batch.image, noise, t, prediction)  # [b, h, w, c]
     return jnp.mean((predicted - target) ** 2, axis=(1, 2, 3))  # [b]
 
@@ -73,7 +74,7 @@ class Metrics(NamedTuple):
 
 class TrainState(NamedTuple):
     weights: dict
-    ema: ema.Averages
+    ema: ema.Averages  # left alone by a step; train.loop updates it every ema.EVERY steps
     opt_state: Any
     step: Int[Array, ""]
     metrics: Metrics
@@ -94,7 +95,7 @@ def graphdef(config: Params, text_dim: int) -> nnx.GraphDef:
 def init_state(config: Params, text_dim: int, key: Key[Array, ""]) -> TrainState:
     """The state before the first step: random weights, averages equal to them, an optimizer at rest."""
     weights = nnx.to_pure_dict(nnx.state(UNet(config, text_dim, nnx.Rngs(key))))
-    opt_state = optimizer(config, 1).init(weights)
+    opt_state = optimizer(config, 1).init(weights)  # whose shape does not depend on the length of the run
     return TrainState(weights, ema.start(weights), opt_state, jnp.zeros((), jnp.int32), zero_metrics())
 
 

@@ -5,12 +5,9 @@ was measured. Right the same at the end, at each noise level. Needs matplotlib, 
 """
 
 import json
-import math
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Annotated
 
 import tyro
@@ -71,36 +68,33 @@ def plot(options: Options) -> None:
 
 def plot_curves(axes, lines: list[dict], colour: str, label: str) -> None:
     """Training loss, smoothed over its pale self, and held-out loss."""
-    seen = [line["images"] for line in lines]
-    loss = [known(line["loss"]) for line in lines]
+    import numpy as np
+
+    seen = np.array([line["images"] for line in lines])
+    loss = np.array([line["loss"] for line in lines], float)  # NaN where it was not finite
     reach = round(len(lines) * SMOOTH / 2)
     smooth = [mean(loss[max(0, i - reach) : i + reach + 1]) for i in range(len(loss))]
     axes.plot(seen, loss, color=colour, alpha=0.2, linewidth=1)
     axes.plot(seen, smooth, color=colour, label=label)
-    measured = [(line["images"], line["heldout_loss"]) for line in lines if line.get("heldout_loss") is not None]
-    if measured:
-        axes.plot(*zip(*measured, strict=True), color=colour, **DASHED)
+    heldout = np.array([line.get("heldout_loss") for line in lines], float)
+    axes.plot(seen[~np.isnan(heldout)], heldout[~np.isnan(heldout)], color=colour, **DASHED)
 
 
 def plot_levels(axes, lines: list[dict], colour: str) -> None:
     """Training and held-out loss at each noise level, the mean of the last lines."""
+    import numpy as np
+
     for field, style in ("loss_per_level", SOLID), ("heldout_loss_per_level", DASHED):
-        measured = [line[field] for line in lines if line.get(field)]
-        if measured:
-            last = measured[-max(1, round(len(measured) * LAST)) :]
-            levels = [mean(map(known, level)) for level in zip(*last, strict=True)]
-            axes.plot([(i + 0.5) / len(levels) for i in range(len(levels))], levels, color=colour, **style)
+        measured = np.array([line[field] for line in lines if line.get(field)], float)
+        if len(measured):
+            levels = [mean(level) for level in measured[-max(1, round(len(measured) * LAST)) :].T]
+            axes.plot((np.arange(len(levels)) + 0.5) / len(levels), levels, color=colour, **style)
 
 
-def known(value: float | None) -> float:
-    """A number of metrics.jsonl, where null was not finite or not measured, as NaN."""
-    return math.nan if value is None else value
-
-
-def mean(values: Iterable[float]) -> float:
+def mean(values) -> float:
     """Of the values that are not NaN; NaN if there are none."""
-    finite = [value for value in values if not math.isnan(value)]
-    return fmean(finite) if finite else math.nan
+    known = values[values == values]
+    return known.mean() if len(known) else float("nan")
 
 
 def read(run: Path) -> list[dict]:

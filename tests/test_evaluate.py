@@ -371,6 +371,9 @@ class Letters(TextEncoder):
         self.dim = 4
         self.identity = {"name": "letters", "sha256": "0"}
 
+    def tokenize(self, texts, length):
+        return None, self(texts, length)[1]
+
     def __call__(self, texts, length):
         texts = [(text or " ")[:length] for text in texts]
         text_mask = np.array([[i < len(text) for i in range(length)] for text in texts])

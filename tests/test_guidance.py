@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import schedule as schedules
-from guidance import guide, inpaint, limit_to_interval, threshold
+from guidance import classifier_free, inpaint, limit_to_interval, threshold
 from samplers import SOLVERS, FreshNoise, timesteps
 
 POSITIVE, NEGATIVE = jax.random.normal(jax.random.key(0), (2, 2, 4, 3, 3))
@@ -20,7 +20,7 @@ def both(noisy, t):
 
 
 def guided(guidance, rescale=0.0):
-    return ask(guide(both, jnp.float32(guidance), jnp.float32(rescale)))
+    return ask(classifier_free(both, jnp.float32(guidance), jnp.float32(rescale)))
 
 
 def test_guidance_0_1_and_beyond():
@@ -38,7 +38,7 @@ def test_rescaling_brings_back_the_contrast_and_keeps_the_mean():
 
 
 def test_rescaling_a_picture_of_one_colour_gives_no_nan():
-    flat = guide(lambda *_: (jnp.ones((1, 2, 2, 3)), jnp.zeros((1, 2, 2, 3))), jnp.float32(7), jnp.float32(1))
+    flat = classifier_free(lambda *_: (jnp.ones((1, 2, 2, 3)), jnp.zeros((1, 2, 2, 3))), jnp.float32(7), jnp.float32(1))
     assert np.isfinite(flat(jnp.zeros((1, 2, 2, 3)), jnp.full(1, 3))).all()
 
 

@@ -8,7 +8,7 @@ from sklearn.neighbors import NearestNeighbors
 
 import tracking
 from evaluation import metrics
-from training import Records
+from training import Metrics
 
 RANDOM = np.random.default_rng(0)
 
@@ -250,7 +250,7 @@ def test_a_resumed_log_drops_what_came_after_its_checkpoint_and_what_was_cut_off
     with log.paused():
         pass
     none = np.int32(0)
-    log.write(6, Records(np.array([3.0, 0.0]), np.array([6.0, 0.0]), np.float32(1), none, none, none, none))
+    log.write(6, Metrics(np.array([3.0, 0.0]), np.array([6.0, 0.0]), np.float32(1), none, none))
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 6]
     last = lines[-1]

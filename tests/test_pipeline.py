@@ -25,6 +25,12 @@ from text_encoder import TextEncoder
 
 
 @pytest.fixture(scope="session")
+def tiny(tiny):
+    """Random velocities give pictures in which each word shows; random noise gives only black and white."""
+    return dataclasses.replace(tiny, prediction="v")
+
+
+@pytest.fixture(scope="session")
 def trained(tiny, tmp_path_factory):
     """A checkpoint whose weights are random, so that words and seeds both matter."""
     encoder = TextEncoder(tiny.encoder)

@@ -9,6 +9,7 @@ import pytest
 import roofline
 from count import Operation, count_flops, operations
 
+import ema
 import training
 
 
@@ -72,7 +73,7 @@ def test_the_figures_of_a_preset_add_up(tiny, arithmetic):
     row = roofline.roofline(tiny, arithmetic)
     config = dataclasses.replace(tiny, compute="bfloat16" if arithmetic == "bf16" else "float32")
     each, weights = roofline.step_operations(config)
-    bytes_per_weight = 4 * (8 + 5 / 10) + (6 if arithmetic == "bf16" else 0)
+    bytes_per_weight = 4 * (8 + 5 / ema.EVERY) + (6 if arithmetic == "bf16" else 0)
     other = weights * bytes_per_weight + tiny.B * (8 * 12 * 3 + 7 * 384 * 4)
     assert row["gigabytes_of_state"] == pytest.approx(other / 1e9)
     assert row["gigabytes"] == pytest.approx((sum(operation.bytes for operation in each) + other) / 1e9)

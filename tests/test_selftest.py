@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,10 +19,7 @@ BEFORE, KNOWN = Losses(1.0, 1.0), Losses(0.02, 20.0)
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once():
     """What belongs to one configuration is compiled once for all tests."""
-    init = training.init
-    first = functools.cache(lambda config, text_dim: init(config, text_dim, jax.random.key(0)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "init", lambda config, text_dim, key: jax.tree.map(jnp.copy, first(config, text_dim)))
         patch.setattr(training, "build_train_step", functools.cache(training.build_train_step))
         patch.setattr(heldout, "build_losses", functools.cache(heldout.build_losses))
         yield

@@ -364,7 +364,8 @@ def test_what_cannot_be_run_is_refused(call, words, message):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"), [(["--B", "0"], "B = 0: allowed are values from 1 to"), (["--MAX_INDX", "3"], "--MAX_INDEX")]
+    ("words", "message"),
+    [(["--B", "0"], "B = 0: allowed are whole numbers from 1 to"), (["--MAX_INDX", "3"], "--MAX_INDEX")],
 )
 def test_wrong_fields_are_named(call, words, message):
     assert message in " ".join(call(train, "quick", *words).replace("│", "").split())
