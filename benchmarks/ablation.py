@@ -6,7 +6,7 @@ core by the rate written beside it, which `--pace` measures anew, one step of ea
 stopped, `--at_once` side by side; on a GPU, which they share, it takes minutes (they fit beside one another with
 XLA_PYTHON_CLIENT_MEM_FRACTION=0.05). What a run showed goes into benchmarks/ablation.json as soon as it ends, with its
 whole configuration, and is not asked again as long as that stays the same: the table grows from one machine to the
-next. Delete the file when the steps of training change.
+next. Delete the file when training computes something else; other random numbers are chance, as another seed is.
 
 Judged on the averaged weights: the error on held-out pictures, each level's and overall, as the geometric mean of the
 error of the velocity (whatever is predicted, so that runs compare) beside that of the first run on the same questions;
@@ -191,9 +191,9 @@ def measured_pace() -> dict[str, float]:
         running[name] = [step, *made_up.arguments(config, PICTURES)]
     for _ in range(12):
         for name, run in running.items():
-            step, state, *inputs = run
+            step, *inputs = run
             start = time.perf_counter()
-            run[1], loss = step(state, *inputs)
+            run[1], loss = step(*inputs)
             loss.block_until_ready()
             times[name].append(time.perf_counter() - start)
     return {name: round(BASE.B / statistics.median(taken[2:]), 1) for name, taken in times.items()}
@@ -203,7 +203,6 @@ def shown(run: Path) -> dict:
     """Held-out errors and caption accuracy of a run's end."""
     import numpy as np
 
-    import dataloader
     import dataset
     import training
     from evaluation import heldout, metrics
@@ -212,19 +211,15 @@ def shown(run: Path) -> dict:
 
     pipeline = DiffusionPipeline(run / "final")
     config, encoder = pipeline.config, pipeline.encoder
-    everything = dataset.from_config(dataclasses.replace(config, MAX_INDEX=0))
-    rows = np.flatnonzero(everything.heldout)
-    text = dataloader.encode(encoder, [everything.names[row] for row in rows], config.TEXT_LEN)
-    losses = heldout.build_losses(config, training.graphdef(config, encoder.dim))
-    each = heldout.loss_per_level(losses, pipeline.weights, everything.images[rows], *text, T=config.T)
-    error = np.log(heldout.in_velocity(each, config))
+    graphdef = training.graphdef(config, encoder.dim)
+    unseen = dataset.side(dataset.from_config(dataclasses.replace(config, MAX_INDEX=0)), heldout=True)
+    measure = heldout.build_measure(config, graphdef, unseen.images, unseen.names, encoder)
+    error = np.log(heldout.in_velocity(measure(pipeline.weights), config))
 
-    pictures = dataset.from_config(config)
-    known = np.flatnonzero(~pictures.heldout)
-    own = np.linspace(0, len(known), DRAWN, endpoint=False).astype(int)
-    prompts = [pictures.names[known[row]] for row in own]
-    drawn = pipeline.generate_arrays(prompts, Sampling(c=2.0), seeds=range(DRAWN))
-    distance = metrics.distances(drawn, pictures.images[known])
+    known = dataset.side(dataset.from_config(config), heldout=False)
+    own = np.linspace(0, len(known.names), DRAWN, endpoint=False).astype(int)
+    drawn = pipeline.generate_arrays([known.names[row] for row in own], Sampling(c=2.0), seeds=range(DRAWN))
+    distance = metrics.distances(drawn, known.images)
     rank = metrics.ranks(distance, own)
     with (run / "metrics.jsonl").open() as lines:
         last = json.loads(lines.readlines()[-1])

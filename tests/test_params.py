@@ -8,6 +8,8 @@ import pytest
 from params import PRESETS, Params
 
 ROOT = Path(__file__).parent.parent
+PATHS = [path for folder in (ROOT, ROOT / "evaluation", ROOT / "sources") for path in folder.glob("*.py")]
+SOURCE = "".join(path.read_text() for path in PATHS if path.name != "params.py")
 FIELDS = [field.name for field in dataclasses.fields(Params)]
 RANGES = {field.name: field.metadata["range"] for field in dataclasses.fields(Params) if "range" in field.metadata}
 
@@ -61,6 +63,4 @@ def test_fields_that_older_checkpoints_hold_are_passed_over():
 
 @pytest.mark.parametrize("field", FIELDS)
 def test_every_field_is_read_somewhere(field):
-    paths = [path for path in ROOT.rglob("*.py") if "tests" not in path.parts and path.name != "params.py"]
-    source = "".join(path.read_text() for path in paths)
-    assert re.search(rf"\bconfig\.{field}\b", source)
+    assert re.search(rf"\bconfig\.{field}\b", SOURCE)
