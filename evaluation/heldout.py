@@ -131,4 +131,4 @@ def in_velocity(losses: Float[np.ndarray, "n levels"], config: Params) -> Float[
 def per_picture(losses: Float[np.ndarray, "n levels"], T: int) -> Float[np.ndarray, "n"]:
     """Mean over the levels, each counted for as many steps as it has: an estimate of the training loss of a picture."""
     weight = np.bincount(np.arange(T) * LEVELS // T, minlength=LEVELS) / T
-    return np.nansum(losses * weight[None, :], axis=1)
+    return losses[:, weight > 0] @ weight[weight > 0]  # NaN where a loss is, but for levels without a step

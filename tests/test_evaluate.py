@@ -126,6 +126,12 @@ def test_losses_are_the_errors_of_the_prediction_at_steps_and_noise_of_their_own
     np.testing.assert_array_equal(alone, found[:3])
 
 
+def test_a_network_that_diverged_has_no_loss_and_a_level_without_steps_counts_for_nothing():
+    losses = np.where(np.arange(10)[None] % 2 == 1, np.nan, [[4.0]])  # T = 5: every second level has a step
+    np.testing.assert_allclose(heldout.per_picture(losses, 5), [4.0])
+    assert np.isnan(heldout.per_picture(np.full((2, 10), np.nan), 50)).all()
+
+
 # Differences, and what is said of them.
 
 
