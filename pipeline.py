@@ -257,8 +257,6 @@ class DiffusionPipeline:
             if not (isinstance(seed, int | np.integer) and 0 <= seed < 2**31):
                 raise ValueError(f"seed = {seed}: allowed are whole numbers from 0 to {2**31 - 1}")
         sampling, worse = self.resolved(sampling or Sampling()), self._worse
-        if worse is not None and sampling.c == 1:
-            raise ValueError("a guide does nothing at c = 1: raise c or leave it out")
         if worse is not None and sampling.negative_prompt:
             raise ValueError("negative_prompt and a guide exclude each other: both say what to steer away from")
 

@@ -77,7 +77,9 @@ def plot_curves(axes, lines: list[dict], colour: str, label: str) -> None:
     axes.plot(seen, loss, color=colour, alpha=0.2, linewidth=1)
     axes.plot(seen, smooth, color=colour, label=label)
     heldout = np.array([line.get("heldout_loss") for line in lines], float)
-    axes.plot(seen[~np.isnan(heldout)], heldout[~np.isnan(heldout)], color=colour, **DASHED)
+    measured = ~np.isnan(heldout)
+    if measured.any():
+        axes.plot(seen[measured], heldout[measured], color=colour, **DASHED)
 
 
 def plot_levels(axes, lines: list[dict], colour: str) -> None:

@@ -74,7 +74,9 @@ def test_captions_that_say_nothing_fail(config, pictures, monkeypatch):
 
 
 def test_a_network_that_stands_still_fails_early(config, pictures, encoder, monkeypatch):
-    monkeypatch.setattr(training, "build_train_step", lambda *_: lambda state, *_: (state, jnp.zeros(())))
+    monkeypatch.setattr(
+        training, "build_train_step", lambda *_: lambda state, *_: (state._replace(step=state.step + 1), jnp.zeros(()))
+    )
     verdict = self_test(config, pictures, encoder, seconds=600)
     assert (verdict.outcome, verdict.evidence.nearest, verdict.evidence.steps) == ("FAIL", None, selftest.ENOUGH)
     assert "the loss did not fall" in verdict.why
