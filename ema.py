@@ -44,7 +44,7 @@ def gamma(length: float) -> float:
 
 def entering(before: Int[Array, ""], step: Int[Array, ""], length: float) -> Float[Array, ""]:
     """The share that the weights of `step` take, 1 - (before / step)^(γ + 1), without loss of digits."""
-    return -jnp.expm1((gamma(length) + 1) * jnp.log1p(-(step - before) / step))
+    return -jnp.expm1((gamma(length) + 1) * jnp.log1p(-(step - before) / jnp.maximum(step, 1)))
 
 
 def update(averages: Averages, weights: dict, step: Int[Array, ""], config: Params) -> Averages:
@@ -52,7 +52,7 @@ def update(averages: Averages, weights: dict, step: Int[Array, ""], config: Para
 
     def updated(average: dict, length: float) -> dict:
         share = entering(averages.step, step, length)
-        return jax.tree.map(lambda old, new: old + share * (new - old), average, weights)
+        return jax.tree.map(lambda old, new: (1 - share) * old + share * new, average, weights)
 
     return Averages(updated(averages.short, config.ema_short), updated(averages.long, config.ema_long), step)
 

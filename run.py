@@ -149,7 +149,8 @@ def start(
     graphdef = training.graphdef(config, encoder.dim)
     fast = {"xla_backend_optimization_level": 0}  # to compile, as it runs only once
     init_state = jax.jit(training.init_state, static_argnums=(0, 1), compiler_options=fast)
-    state = parallel.replicate(init_state(config, encoder.dim, jax.random.key(config.seed)))
+    init_key, _ = jax.random.split(jax.random.key(config.seed))
+    state = parallel.replicate(init_state(config, encoder.dim, init_key))
     about = {
         "version": training.VERSION,
         "config": config.to_json(),

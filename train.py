@@ -227,7 +227,8 @@ def loop(run: "Run", state: "TrainState", source: "Memory | Stream") -> tuple["T
     config, log, steps = run.config, run.log, run.last_step
     train_step, programs = training.build_train_step(config, run.graphdef, steps), {}
     update_averages = ema.build_update(config)
-    key = parallel.replicate(jax.random.fold_in(jax.random.key(config.seed), 1))
+    _, key = jax.random.split(jax.random.key(config.seed))  # the first one made the initial weights
+    key = parallel.replicate(key)
     steps_per_call = ema.EVERY if parallel.on_accelerator() and not config.stream else 1
     seen = {"total": steps * config.B, "initial": run.step * config.B, "unit": "img"}
     signals, in_flight, stopped_by, fault = catch_signals(), deque(), "", ""

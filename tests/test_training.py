@@ -258,6 +258,12 @@ def test_averages_depend_on_the_weights_that_entered_and_the_last_step_always_do
     assert abs(averages.long["w"] - averages.short["w"]) > 1e-3
 
 
+def test_an_update_before_the_first_step_changes_nothing(tiny):
+    averages = parallel.replicate(ema.start({"w": jnp.float32(9.0)}))
+    averages = ema.build_update(tiny)(averages, {"w": jnp.float32(9.0)}, jnp.int32(0))
+    assert (averages.short["w"], averages.long["w"]) == (9.0, 9.0)
+
+
 def test_after_one_step_the_averages_are_its_weights(tiny):
     averages = ema.build_update(tiny)(
         parallel.replicate(ema.start({"w": jnp.float32(9.0)})), {"w": jnp.float32(4.0)}, 1
