@@ -12,6 +12,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.flatten_util
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_train import flags, weights
@@ -60,25 +62,21 @@ def done(running):
     return out
 
 
-def final(folder, config):
-    return weights(folder / "models_vA0" / "final", config)
-
-
 def losses(folder):
     return [json.loads(line)["loss"] for line in (folder / "models_vA0" / "metrics.jsonl").read_text().splitlines()]
 
 
-def close(a, b):
-    """The same but for rounding.
+def close(folder, other, config):
+    """Both runs end at the same weights but for rounding: they differ by under 1 % of the way from epoch2 to the end.
 
-    Sums over a batch are taken in another order, which makes a relative difference of some 1e-7 in a gradient, and of
-    anything where the gradient is nothing but rounding, as for a bias that a norm takes out again. Adam divides by
-    the gradient's size, so there a weight may go astray by a fraction of learning_rate (1e-3) a step; few do.
+    Sums over a batch are taken in another order, a relative difference of some 1e-7 in a gradient. Where the gradient
+    is nothing but rounding, as for a bias that a norm takes out again, Adam divides it by its own size and such a
+    weight may go anywhere at learning_rate a step; there are few, so the distance of all weights shows an error and
+    not them.
     """
-    differ = [np.abs(np.asarray(x) - np.asarray(y)).ravel() for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)]
-    differ = np.concatenate(differ)
-    assert differ.max() < 2e-4
-    assert np.quantile(differ, 0.99) < 1e-6
+    ends = [jax.flatten_util.ravel_pytree(weights(path / "models_vA0" / "final", config))[0] for path in (folder, other)]
+    half = jax.flatten_util.ravel_pytree(weights(other / "models_vA0" / "epoch2", config))[0]
+    assert jnp.linalg.norm(ends[0] - ends[1]) < 0.01 * jnp.linalg.norm(ends[1] - half)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +99,7 @@ def test_two_processes_of_two_devices_train_as_one(four, alone, tmp_path):
     together = start(tmp_path, four, processes=2, devices=2)
     ended()
     assert "models_vA0/final and validation_images/models_vA0/final.png written" in done(together)
-    close(final(tmp_path, four), final(folder, four))
+    close(tmp_path, folder, four)
     np.testing.assert_allclose(losses(tmp_path), losses(folder), rtol=1e-5)
     assert sorted(path.name for path in (tmp_path / "models_vA0").iterdir()) == ["epoch2", "final", "metrics.jsonl"]
 
@@ -113,7 +111,7 @@ def test_one_process_of_several_devices_trains_as_one_of_one(four, alone, tmp_pa
     several = start(tmp_path, four, devices=devices)
     ended()
     done(several)
-    close(final(tmp_path, four), final(folder, four))
+    close(tmp_path, folder, four)
 
 
 @pytest.mark.slow
@@ -125,7 +123,7 @@ def test_a_run_goes_on_with_another_number_of_processes(four, alone, tmp_path, b
     done(start(tmp_path, half, processes=before[0], devices=before[1]))
     resumed = done(start(tmp_path, four, "--resume", processes=after[0], devices=after[1]))
     assert "resumed from models_vA0/final, step 4" in resumed
-    close(final(tmp_path, four), final(folder, four))
+    close(tmp_path, folder, four)
 
 
 def under_way(folder, running):
