@@ -74,7 +74,9 @@ def close(folder, other, config):
     weight may go anywhere at learning_rate a step; there are few, so the distance of all weights shows an error and
     not them.
     """
-    ends = [jax.flatten_util.ravel_pytree(weights(path / "models_vA0" / "final", config))[0] for path in (folder, other)]
+    ends = [
+        jax.flatten_util.ravel_pytree(weights(path / "models_vA0" / "final", config))[0] for path in (folder, other)
+    ]
     half = jax.flatten_util.ravel_pytree(weights(other / "models_vA0" / "epoch2", config))[0]
     assert jnp.linalg.norm(ends[0] - ends[1]) < 0.01 * jnp.linalg.norm(ends[1] - half)
 
