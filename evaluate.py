@@ -199,11 +199,9 @@ def losses(subject: Subject) -> tuple[list[Score], dict]:
 
 
 def loss_per_level(pipeline: DiffusionPipeline, pictures: Pictures) -> dict[str, np.ndarray]:
-    import training
     from evaluation import heldout
 
-    graphdef = training.graphdef(pipeline.config, pipeline.encoder.dim)
-    measure = heldout.build_measure(pipeline.config, graphdef, pictures.images, pictures.names, pipeline.encoder)
+    measure = heldout.build_measure(pipeline.config, pictures.images, pictures.names, pipeline.encoder)
     return {"losses": measure(pipeline.weights, progress=True)}
 
 

@@ -17,6 +17,7 @@ norm(x) * (1 + scale) + shift, with SiLU after it where silu=True. All kernels.p
 
 import math
 from collections.abc import Callable
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -196,11 +197,22 @@ class UNet(nnx.Module):
         return unpatchify(self.exit(self.exit_norm(x)), self.patch)             # [b, h, w, c]
 
 
-def network(config: Params, graphdef: nnx.GraphDef, weights: dict) -> Callable[..., Image]:
+@cache
+def abstract(config: Params, text_dim: int) -> tuple[nnx.GraphDef, dict]:
+    """The UNet for captions of `text_dim` numbers per token: its structure, and the shapes of its weights."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: UNet(config, text_dim, nnx.Rngs(0))))
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def network(config: Params, weights: dict) -> Callable[..., Image]:
     """The UNet with these weights as a function, float32 outside and `config.compute` inside."""
 
     def cast(tree, dtype):
         return jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, tree)
 
-    model = nnx.merge(graphdef, nnx.State(cast(weights, config.compute)))
-    return lambda *inputs: cast(model(*cast(inputs, config.compute)), jnp.float32)
+    def predict(noisy: Image, t: Int[Array, "b"], text_emb: Tokens, *others) -> Image:
+        graphdef, _ = abstract(config, text_emb.shape[-1])
+        model = nnx.merge(graphdef, nnx.State(cast(weights, config.compute)))
+        return cast(model(*cast((noisy, t, text_emb, *others), config.compute)), jnp.float32)
+
+    return predict

@@ -7,9 +7,7 @@ configuration is saved as JSON inside every checkpoint, so that sampling from on
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
-
-FORMER = {"max_bad", "snr_gamma", "low_discrepancy", "heldout"}  # fields that older checkpoints hold; not read any more
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 
 def within(default: float | None, low: float, high: float) -> Any:
@@ -17,8 +15,50 @@ def within(default: float | None, low: float, high: float) -> Any:
     return dataclasses.field(default=default, metadata={"range": (low, high)})
 
 
+class Fields:
+    """A dataclass whose values are checked against their ranges and choices, and that JSON can keep."""
+
+    FORMER = frozenset[str]()  # fields that older versions saved; not read any more
+
+    def __post_init__(self):
+        """Raise ValueError, naming the field, for a value outside its range or that is none of its choices.
+
+        A number of another kind, such as NumPy's, becomes a plain one.
+        """
+        hints = get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value, hint = getattr(self, field.name), hints[field.name]
+            if get_origin(hint) is Literal and value not in get_args(hint):
+                raise ValueError(f"{field.name} = {value!r}: allowed are {', '.join(map(str, get_args(hint)))}")
+            if "range" not in field.metadata or (value is None and field.default is None):
+                continue
+            (low, high), kind = field.metadata["range"], int if int in (hint, *get_args(hint)) else float
+            try:
+                number = kind(value)
+                valid = number == value and low <= number <= high
+            except (TypeError, ValueError, OverflowError):
+                valid = False
+            if not valid:
+                what = "whole numbers" if kind is int else "numbers"
+                raise ValueError(f"{field.name} = {value!r}: allowed are {what} from {low} to {high}")
+            object.__setattr__(self, field.name, number)
+
+    def to_json(self) -> dict:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, saved: dict) -> Self:
+        """What to_json gave; ValueError names the fields that this version does not know."""
+        known = {name: value for name, value in saved.items() if name not in cls.FORMER}
+        if unknown := known.keys() - {field.name for field in dataclasses.fields(cls)}:
+            raise ValueError(f"unknown fields {sorted(unknown)}: saved by another version of this program")
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
+
+
 @dataclass(frozen=True)
-class Params:
+class Params(Fields):
+    FORMER = frozenset({"max_bad", "snr_gamma", "low_discrepancy", "heldout"})
+
     # Pictures and captions
     data: str = "emojiimage-dataset"  # folder with full_emoji.csv and image/<vendor>/<#>.png
     vendor: str = "Google"  # whose pictures: the folder under image/, or several joined by "+"
@@ -75,7 +115,7 @@ class Params:
     keep: int = within(0, 0, 1_000_000)  # checkpoints epoch{N} to keep, the newest (0: all)
 
     def __post_init__(self):
-        check_fields(self)
+        super().__post_init__()
         if self.zero_terminal_snr and self.prediction == "eps":
             raise ValueError(
                 "zero_terminal_snr = True: not with prediction = 'eps', as the noise says nothing about the picture "
@@ -114,42 +154,6 @@ class Params:
                 if channels % self.HEAD_DIM:
                     raise ValueError(f"HEAD_DIM = {self.HEAD_DIM}: it must divide the {channels} channels of {field}")
 
-    def to_json(self) -> dict:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, saved: dict) -> "Params":
-        """The configuration saved in a checkpoint; ValueError names the fields that this version does not know."""
-        unknown = saved.keys() - {field.name for field in dataclasses.fields(cls)} - FORMER
-        if unknown:
-            raise ValueError(f"unknown fields {sorted(unknown)}: the configuration was saved by another version")
-        known = {name: value for name, value in saved.items() if name not in FORMER}
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
-
-
-def check_fields(config: Any) -> None:
-    """Raise ValueError, naming the field, where a value is outside its range or is none of its choices.
-
-    A number of another kind, such as NumPy's, becomes a plain one, that JSON can keep.
-    """
-    hints = get_type_hints(type(config))
-    for field in dataclasses.fields(config):
-        value, hint = getattr(config, field.name), hints[field.name]
-        if get_origin(hint) is Literal and value not in get_args(hint):
-            raise ValueError(f"{field.name} = {value!r}: allowed are {', '.join(map(str, get_args(hint)))}")
-        if "range" not in field.metadata or (value is None and field.default is None):
-            continue
-        (low, high), kind = field.metadata["range"], int if int in (hint, *get_args(hint)) else float
-        try:
-            number = kind(value)
-            valid = number == value and low <= number <= high
-        except (TypeError, ValueError, OverflowError):
-            valid = False
-        if not valid:
-            what = "whole numbers" if kind is int else "numbers"
-            raise ValueError(f"{field.name} = {value!r}: allowed are {what} from {low} to {high}")
-        object.__setattr__(config, field.name, number)
-
 
 _cpu = Params(
     H=32, W=32, PATCH=4, BASE_DIM=128, DIM_MULTS=(1, 2), self_attention=(1,), cross_attention=(1,), prediction="x0",
@@ -167,24 +171,14 @@ PRESETS = {  # why each predicts what it does, on patches of that size: LOG.md, 
 }  # fmt: skip
 
 
-def flags(config: Params, preset: str) -> list[str]:
-    """The words after `python train.py` that make `config` out of a preset whose switches are all off."""
-    words = [preset]
-    for field in dataclasses.fields(Params):
-        value = getattr(config, field.name)
-        if value is True:
-            words.append(f"--{field.name}")
-        elif value != getattr(PRESETS[preset], field.name):
-            words += [f"--{field.name}", *map(str, value if isinstance(value, tuple) else (value,))]
-    return words
-
-
 Sampler = Literal["ddim", "ddpm", "heun", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m"]  # keys of samplers.SOLVERS
 Spacing = Literal["trailing", "log_snr"]  # keys of samplers.SPACINGS
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Sampling(Fields):
+    FORMER = frozenset({"on_white"})
+
     c: float = within(7.0, 0, 1000)  # guidance: 1 follows the caption as learned in half the time, more insists on it
     negative_prompt: str = ""  # what to steer away from; if nothing is said, from the empty caption
     sampler: Sampler = "dpmpp_2m"  # how to get from noise to picture
@@ -197,7 +191,7 @@ class Sampling:
     percentile: float | None = within(None, 0, 1)  # dynamic thresholding; if nothing is said, estimates are clipped
 
     def __post_init__(self):
-        check_fields(self)
+        super().__post_init__()
         ends = tuple(map(float, self.interval))
         if len(ends) != 2 or not 0 <= ends[0] <= ends[1] <= 1:
             raise ValueError(f"interval = {self.interval}: allowed are two numbers with 0 <= low <= high <= 1")
@@ -206,12 +200,3 @@ class Sampling:
             raise ValueError(
                 f"negative_prompt = {self.negative_prompt!r} does nothing at c = 1: raise c or leave it out"
             )
-
-    def to_json(self) -> dict:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, saved: dict) -> "Sampling":
-        """What to_json gave, now or in an older version, whose `on_white` is ignored; TypeError for unknown fields."""
-        known = {name: value for name, value in saved.items() if name != "on_white"}
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})

@@ -12,14 +12,12 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
-from flax import nnx
 from jaxtyping import Bool, UInt8
 from PIL import Image
 
@@ -29,7 +27,7 @@ import parallel
 import schedule as schedules
 from files import writable
 from images import as_picture, save_png
-from model import UNet
+from model import abstract
 from params import Params, Sampling
 from samplers import SOLVERS, timesteps
 from sampling import Controls, Request, build_sampler
@@ -45,39 +43,6 @@ class Edit(NamedTuple):
     image: Image.Image | str | Path
     strength: float | None = None  # 0 … 1: share of the way from noise to picture; 0.6, or with a mask 1, if None
     mask: Image.Image | str | Path | None = None  # white is sampled anew, black is kept exactly
-
-
-@dataclass(frozen=True)
-class Origin:
-    """How a picture was made, completely; a PNG carries it as text."""
-
-    prompt: str
-    seed: int
-    sampling: Sampling  # with nothing left open
-    checkpoint: str  # DiffusionPipeline.hash
-    size: int | None = None  # width that the picture was enlarged to
-    strength: float | None = None  # of the picture that it started from …
-    image: str | None = None  # … whose hash this is …
-    mask: str | None = None  # … and this its mask's
-
-    def to_text(self) -> dict[str, str]:
-        """Entries of a PNG's text: the fields that say something."""
-        fields = {**vars(self), "sampling": json.dumps(self.sampling.to_json())}
-        return {name: str(value) for name, value in fields.items() if value is not None}
-
-    @classmethod
-    def read(cls, path: Path) -> "Origin":
-        """The origin that a PNG carries; ValueError if it carries none, or one of a former version of Sampling."""
-        with Image.open(path) as picture:
-            text = getattr(picture, "text", {})
-        if "sampling" not in text:
-            raise ValueError(f"{path} does not say how it was drawn; name a PNG written by test.py or generate_image")
-        parse = {"seed": int, "size": int, "strength": float, "sampling": lambda s: Sampling.from_json(json.loads(s))}
-        own = {field.name for field in dataclasses.fields(cls)} & set(text)  # other programs may have added theirs
-        try:
-            return cls(**{name: parse.get(name, str)(text[name]) for name in own})
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path} cannot be drawn again by this version of the program: {error}") from error
 
 
 class DiffusionPipeline:
@@ -108,18 +73,18 @@ class DiffusionPipeline:
         self._assemble(own, worse)
 
     @classmethod
-    def from_weights(cls, config: Params, encoder: TextEncoder, graphdef: nnx.GraphDef, weights: dict):
+    def from_weights(cls, config: Params, encoder: TextEncoder, weights: dict):
         """A pipeline around a network that is in memory already."""
         self = cls.__new__(cls)
-        self._assemble(_Network({"config": config.to_json()}, config, encoder, graphdef, weights))
+        self._assemble(_Network({"config": config.to_json()}, config, encoder, weights))
         return self
 
     def _assemble(self, own: "_Network", worse: "_Network | None" = None) -> None:
-        self.about, self.config, self.encoder, graphdef, self.weights = own
+        self.about, self.config, self.encoder, self.weights = own
         self._worse, self.shape = worse, (self.config.H, self.config.W, self.config.CHANNELS)
         self.schedule = schedules.from_config(self.config)
         self.batch = 16 if parallel.on_accelerator() else 1  # pictures per call; a CPU is as fast with one as with many
-        self._sampler = build_sampler(self.config, graphdef, worse and (worse.config, worse.graphdef))
+        self._sampler = build_sampler(self.config, worse and worse.config)
 
     @cached_property
     def hash(self) -> str:
@@ -153,7 +118,7 @@ class DiffusionPipeline:
         sampling = dataclasses.replace(sampling or Sampling(), **named)
         image = self.generate_images([prompt], sampling, seeds=seed, edit=edit, size=size)[0]
         if output_path is not None:
-            save_png(image, path, self.origin(prompt, seed, sampling, edit=edit, size=size).to_text())
+            save_png(image, path, self.metadata(prompt, seed, sampling, edit))
         return image
 
     def generate_images(
@@ -206,31 +171,13 @@ class DiffusionPipeline:
         images, estimates = self._sample([[prompt]], [[seed]], sampling, edit, trace=True)
         return [as_picture(pixels) for pixels in (*estimates[0], images[0])]
 
-    def origin(
-        self, prompt: str, seed: int, sampling: Sampling | None = None, *, edit: Edit | None = None,
-        size: int | None = None,
-    ) -> Origin:  # fmt: skip
-        """How a picture is sampled, completely: what its PNG remembers."""
-        strength, *arrays = self._open(edit) if edit else (None, None, None)
-        image, mask = (
-            None if a is None else hashlib.sha256(f"{a.dtype} {a.shape}".encode() + a.tobytes()).hexdigest()
-            for a in arrays
-        )
-        return Origin(prompt, seed, self.resolved(sampling or Sampling()), self.hash, size, strength, image, mask)
-
-    def like(self, origin: Origin, edit: Edit | None = None) -> Image.Image:
-        """The picture that `origin` describes, again; `edit` brings the picture and mask that it started from."""
-        if origin.checkpoint != self.hash:
-            raise ValueError(
-                f"the picture was drawn by checkpoint {origin.checkpoint[:12]}…, this one is {self.hash[:12]}…; "
-                "name its own (and the ema and guide that drew it)"
-            )
-        edit = edit and edit._replace(strength=origin.strength)
-        again = self.origin(origin.prompt, origin.seed, origin.sampling, edit=edit, size=origin.size)
-        for field in ("image", "mask"):
-            if getattr(origin, field) != getattr(again, field):
-                raise ValueError(f"{field} is not what the picture was drawn with: bring the one that it started from")
-        return self.generate_images([origin.prompt], origin.sampling, seeds=origin.seed, edit=edit, size=origin.size)[0]
+    def metadata(
+        self, prompt: str, seed: int, sampling: Sampling | None = None, edit: Edit | None = None
+    ) -> dict[str, str]:
+        """How a picture is sampled: the text that its PNG carries, and that `python test.py --like FILE` reads."""
+        sampling = self.resolved(sampling or Sampling()).to_json()
+        about = {"prompt": prompt, "seed": str(seed), "sampling": json.dumps(sampling), "checkpoint": self.hash}
+        return about | ({"strength": str(self._open(edit)[0])} if edit else {})
 
     def resolved(self, sampling: Sampling) -> Sampling:
         """`sampling` with nothing left open; ValueError for more steps than the schedule has."""
@@ -312,7 +259,6 @@ class _Network(NamedTuple):
     about: dict[str, Any]  # the JSON part of its checkpoint
     config: Params
     encoder: TextEncoder
-    graphdef: nnx.GraphDef
     weights: dict
 
 
@@ -333,8 +279,8 @@ def _load(path: Path, encoder: TextEncoder | str | None, ema: str) -> _Network:
             f"{path} was trained with the files {then[:12]}… of {config.encoder}, those here are {now[:12]}…; "
             "bring the encoder that it was trained with"
         )
-    graphdef, like = nnx.split(nnx.eval_shape(lambda: UNet(config, encoder.dim, nnx.Rngs(0))))
-    weights = checkpoints.restore(path, {f"ema_{ema}": nnx.to_pure_dict(like)})[f"ema_{ema}"]
+    _, like = abstract(config, encoder.dim)
+    weights = checkpoints.restore(path, {f"ema_{ema}": like})[f"ema_{ema}"]
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(weights)):
         raise checkpoints.CheckpointError(f"{path}: the weights hold non-finite numbers; take an earlier checkpoint")
-    return _Network(about, config, encoder, graphdef, weights)
+    return _Network(about, config, encoder, weights)

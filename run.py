@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax import nnx
 from tqdm import tqdm
 
 import checkpoint
@@ -49,9 +48,9 @@ class Run:
     output: Path  # folder of the checkpoints and metrics.jsonl
     grids: Path  # folder of the sample grids
     encoder: TextEncoder
-    graphdef: nnx.GraphDef
     concepts: int  # in a pass over the data
     about: dict  # what a checkpoint says about the run
+    key: jax.Array  # of all steps
     heldout_loss: Callable[[dict], dict]
     step: int  # taken so far
     log: MetricsLog | None  # None where another process is the main one
@@ -99,7 +98,7 @@ class Run:
         if self.log:
             with self.paused():
                 weights = parallel.unreplicate(state.ema.short)
-                pipeline = DiffusionPipeline.from_weights(self.config, self.encoder, self.graphdef, weights)
+                pipeline = DiffusionPipeline.from_weights(self.config, self.encoder, weights)
                 images = pipeline.generate_arrays(prompts, seeds=range(len(prompts)))
                 save_png(captioned_grid(images, prompts, columns=6, cell=96), path)
                 self.log.picture(self.step, "samples", path)
@@ -146,11 +145,7 @@ def start(
 ) -> tuple[Run, TrainState]:
     """The run and its state, new or as `newest` left them; raises CheckpointError where that is of other data."""
     shown, unseen = (dataset.side(pictures, heldout=side) for side in (False, True))
-    graphdef = training.graphdef(config, encoder.dim)
-    fast = {"xla_backend_optimization_level": 0}  # to compile, as it runs only once
-    init_state = jax.jit(training.init_state, static_argnums=(0, 1), compiler_options=fast)
-    init_key, _ = jax.random.split(jax.random.key(config.seed))
-    state = parallel.replicate(init_state(config, encoder.dim, init_key))
+    state, key = training.start(config, encoder.dim)
     about = {
         "version": training.VERSION,
         "config": config.to_json(),
@@ -178,8 +173,8 @@ def start(
         path = output / "metrics.jsonl"
         log = tracking.MetricsLog(path, step, seconds, pictures=concepts, B=config.B, trackers=trackers)
     run = Run(
-        config, output, grid_folder(output), encoder, graphdef, concepts, about,
-        heldout.build_monitor(config, graphdef, unseen, encoder), step, log,
+        config, output, grid_folder(output), encoder, concepts, about, key,
+        heldout.build_monitor(config, unseen, encoder), step, log,
     )  # fmt: skip
     return run, state
 

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 import schedule as schedules
@@ -46,7 +45,7 @@ class Controls(NamedTuple):
 
 @cache
 def build_sampler(
-    config: Params, graphdef: nnx.GraphDef, worse: tuple[Params, nnx.GraphDef] | None = None
+    config: Params, worse: Params | None = None
 ) -> Callable[..., tuple[UInt8[Array, "b h w c"], UInt8[Array, "b n h w c"] | None]]:
     """The jitted function that samples a batch; compiled once per batch size, sampler, steps and kind of guidance.
 
@@ -60,13 +59,13 @@ def build_sampler(
     def sample(weights, worse_weights, request: Request, controls: Controls, *, sampler, timesteps, trace=False):
         seeds, text_emb, text_mask, share = request
 
-        def estimates(config, graphdef, weights, noisy, t, prompts: slice) -> Float[Array, "b k h w c"]:
+        def estimates(config, weights, noisy, t, prompts: slice) -> Float[Array, "b k h w c"]:
             """The clean image that a network sees in `noisy` under each of some prompts."""
             emb, mask = text_emb[:, prompts], text_mask[:, prompts]
             k = mask.shape[1]
             rows, ts = jnp.repeat(noisy, k, axis=0), jnp.repeat(t, k)  # [b * k, h, w, c]
             emb, mask = emb.reshape(-1, *emb.shape[2:]), mask.reshape(-1, *mask.shape[2:])  # [b * k, l, d]
-            prediction = network(config, graphdef, weights)(rows, ts, emb, mask)
+            prediction = network(config, weights)(rows, ts, emb, mask)
             denoised = schedules.denoised_from(schedule, rows, prediction, ts, config.prediction)
             return denoised.reshape(-1, k, *noisy.shape[1:])
 
@@ -75,12 +74,12 @@ def build_sampler(
             return first if share is None else first + share[:, None, None, None] * (last - first)
 
         def positive(noisy: Images, t: Int[Array, "b"]) -> Images:
-            return mix(estimates(config, graphdef, weights, noisy, t, slice(-1)))
+            return mix(estimates(config, weights, noisy, t, slice(-1)))
 
         def both(noisy: Images, t: Int[Array, "b"]) -> tuple[Images, Images]:
             if worse is not None:
-                return positive(noisy, t), mix(estimates(*worse, worse_weights, noisy, t, slice(-1)))
-            each = estimates(config, graphdef, weights, noisy, t, slice(None))
+                return positive(noisy, t), mix(estimates(worse, worse_weights, noisy, t, slice(-1)))
+            each = estimates(config, weights, noisy, t, slice(None))
             return mix(each[:, :-1]), each[:, -1]
 
         denoise = positive

@@ -74,30 +74,6 @@ def add_noise(schedule: Schedule, image: Image, noise: Image, t: Steps) -> Image
     return alpha * image + sigma * noise
 
 
-def denoised_from_eps(schedule: Schedule, noisy: Image, eps: Image, t: Steps) -> Image:
-    """The image, given its noise: (noisy - sigma * eps) / alpha  (Ho et al. 2020, Eq. 15)."""
-    alpha, sigma = mix_at(schedule, t)
-    return (noisy - sigma * eps) / alpha
-
-
-def eps_from_denoised(schedule: Schedule, noisy: Image, denoised: Image, t: Steps) -> Image:
-    """The noise, given the image: (noisy - alpha * denoised) / sigma; t must be above 0."""
-    alpha, sigma = mix_at(schedule, t)
-    return (noisy - alpha * denoised) / sigma
-
-
-def denoised_from_v(schedule: Schedule, noisy: Image, v: Image, t: Steps) -> Image:
-    """The image, given the velocity: alpha * noisy - sigma * v  (Salimans & Ho 2022, Appendix D)."""
-    alpha, sigma = mix_at(schedule, t)
-    return alpha * noisy - sigma * v
-
-
-def v_from_denoised(schedule: Schedule, noisy: Image, denoised: Image, t: Steps) -> Image:
-    """The velocity, given the image: (alpha * noisy - denoised) / sigma; t must be above 0."""
-    alpha, sigma = mix_at(schedule, t)
-    return (alpha * noisy - denoised) / sigma
-
-
 def target(schedule: Schedule, image: Image, noise: Image, t: Steps, prediction: Prediction) -> Image:
     """What a network that predicts `prediction` should return for add_noise(schedule, image, noise, t)."""
     alpha, sigma = mix_at(schedule, t)
@@ -106,7 +82,9 @@ def target(schedule: Schedule, image: Image, noise: Image, t: Steps, prediction:
 
 def denoised_from(schedule: Schedule, noisy: Image, predicted: Image, t: Steps, prediction: Prediction) -> Image:
     """The clean image that the network's output stands for; the inverse of `target`."""
-    if prediction == "x0":
-        return predicted
-    convert = {"eps": denoised_from_eps, "v": denoised_from_v}[prediction]
-    return convert(schedule, noisy, predicted, t)
+    alpha, sigma = mix_at(schedule, t)
+    if prediction == "eps":
+        return (noisy - sigma * predicted) / alpha  # Ho et al. 2020, Eq. 15
+    if prediction == "v":
+        return alpha * noisy - sigma * predicted  # Salimans & Ho 2022, Appendix D
+    return predicted

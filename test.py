@@ -8,20 +8,25 @@ never seen. Writes a captioned grid and each picture into one folder; a picture'
     python test.py --prompts "cat face" --animate                 each picture's way from noise, as a GIF
     python test.py --prompts "cat face" --image me.png            a picture changed; with --mask, in part
     python test.py --sweep_c 1 3 7 --sweep_steps 5 10 20          guidance against steps
-    python test.py --like validation_images/test/01_cat_face.png  the same picture again
+    python test.py --like validation_images/test/01_cat_face.png  that picture again, or with what you change beside it
 """
 
 import dataclasses
+import json
 import re
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from params import Sampling
+
+if TYPE_CHECKING:
+    from pipeline import DiffusionPipeline, Edit
 
 
 @dataclass(frozen=True)
@@ -42,29 +47,42 @@ class Options:
     to_seed: int | None = None  # a second seed: interpolate from the first one to it
     frames: int = 8  # pictures of such an interpolation
     animate: bool = False  # write a GIF of each picture's way from noise
-    like: Path | None = None  # sample this PNG again
+    like: Path | None = None  # start from the prompt, the seed and the choices that this PNG was sampled with
     sweep_c: tuple[float, ...] = ()  # a grid of these guidances …
     sweep_steps: tuple[int, ...] = ()  # … against these numbers of steps
 
 
 def main() -> None:
+    settings = {"description": __doc__, "use_underscores": True, "config": (tyro.conf.FlagCreatePairsOff,)}
     try:
-        options = tyro.cli(Options, description=__doc__, use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,))
-    except ValueError as error:  # of Sampling, which says which field is wrong and what is allowed
-        sys.exit(f"test.py: {error}")
-    from checkpoint import CheckpointError  # numpy and jax come here and below, so that --help answers at once
-    from text_encoder import EncoderError
-
-    try:
+        options = tyro.cli(Options, **settings)
+        if options.like:
+            options = tyro.cli(Options, default=remembered(options.like), **settings)
         print(run(options))
-    except (CheckpointError, EncoderError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"test.py: {error}")
 
 
-MODES = (  # what each of these options goes with; any other would be ignored
-    ({"like"}, {"image", "mask"}),
-    ({"to", "to_seed"}, {"sampling", "prompts", "seed", "frames", "size"}),
-    ({"sweep_c", "sweep_steps"}, {"sampling", "prompts", "seed", "size", "image", "mask", "strength"}),
+def remembered(path: Path) -> Options:
+    """Options that sample what a PNG shows, by the text that it carries."""
+    from PIL import Image  # imported here, as all that is slow, so that --help is instant
+
+    with Image.open(path) as picture:
+        text = getattr(picture, "text", {})
+    try:
+        sampling, strength = Sampling.from_json(json.loads(text["sampling"])), text.get("strength")
+        return Options(
+            sampling, prompts=(text["prompt"],), seed=int(text["seed"]), strength=strength and float(strength)
+        )
+    except KeyError:
+        raise ValueError(f"{path} does not say how it was sampled; name a PNG of test.py or generate_image") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} was sampled by another version of this program: {error}") from None
+
+
+MODES = (  # what these options go with; any other would be ignored
+    ({"to", "to_seed"}, {"sampling", "prompts", "seed", "frames", "size", "like"}),
+    ({"sweep_c", "sweep_steps"}, {"sampling", "prompts", "seed", "size", "image", "mask", "strength", "like"}),
 )
 
 
@@ -74,10 +92,10 @@ def refuse(options: Options) -> None:
     given = {field for field in vars(options) if getattr(options, field) != getattr(default, field)}
     for modes, beside in MODES:
         for mode in sorted(given & modes):
-            if "prompts" in beside and len(options.prompts) > 1:
-                raise ValueError(f"--{mode} draws one prompt, not {len(options.prompts)}: give one with --prompts")
+            if len(options.prompts) > 1:
+                raise ValueError(f"--{mode} is about one prompt, not {len(options.prompts)}: give one with --prompts")
             if ignored := given - modes - beside - {"checkpoint", "encoder", "ema", "guide", "output"}:
-                named = ", ".join("the sampling" if field == "sampling" else f"--{field}" for field in sorted(ignored))
+                named = ", ".join(f"--{field}" for field in sorted(ignored))
                 raise ValueError(f"--{mode} and {named} ask for different things: give one of them at a time")
     if "frames" in given and not given & {"to", "to_seed"}:
         raise ValueError("--frames is about a way: say where it leads with --to or --to_seed")
@@ -90,65 +108,72 @@ def refuse(options: Options) -> None:
 def run(options: Options) -> str:
     """Do what the options ask for; returns what was written where."""
     refuse(options)
-    from PIL import Image
-
     from files import writable
-    from images import captioned_grid, save_gif, save_png
-    from pipeline import DiffusionPipeline, Edit, Origin
+    from pipeline import DiffusionPipeline, Edit
 
     writable(options.output)
     pipeline = DiffusionPipeline(options.checkpoint, options.encoder, ema=options.ema, guide=options.guide)
-    sampling, seed, cell = options.sampling, options.seed, options.size
+    prompts = options.prompts or pipeline.about["prompts"]
     edit = options.image and Edit(options.image, options.strength, options.mask)
-    prompts = list(options.prompts or pipeline.about["prompts"])
-    prompt, name = prompts[0], file_name(prompts[0])
-
-    if options.like:
-        origin = Origin.read(options.like)
-        image, path = pipeline.like(origin, edit), options.output / f"like_{options.like.stem}.png"
-        save_png(image, path, origin.to_text())
-        with Image.open(options.like) as old:
-            same = (old.mode, old.tobytes()) == (image.mode, image.tobytes())
-        verdict = "the same, pixel for pixel" if same else "but not the same to the last bit, as on another machine"
-        return f"{path} written: {verdict}"
-
     if options.to is not None or options.to_seed is not None:
-        to = prompt if options.to is None else options.to
-        to_seed = seed if options.to_seed is None else options.to_seed
-        images = pipeline.interpolate((prompt, to), sampling, seeds=(seed, to_seed), frames=options.frames)
-        captions = [f"{i / (len(images) - 1):.0%}" for i in range(len(images))]
-        captions[0], captions[-1] = f"{prompt}, seed {seed}", f"{to}, seed {to_seed}"
-        path = options.output / f"{name}_{seed}_to_{file_name(to)}_{to_seed}.png"
-        metadata = pipeline.origin(prompt, seed, sampling).to_text() | {"to": to, "to_seed": str(to_seed)}
-        save_png(captioned_grid(images, captions, columns=len(images), cell=cell), path, metadata)
-        save_gif([*images, *images[-2::-1]], path.with_suffix(".gif"), cell=cell)
-        return f"{path} and {path.with_suffix('.gif').name} written: {len(images)} pictures from {prompt!r} to {to!r}"
-
+        return interpolate(options, pipeline, prompts[0])
     if options.sweep_c or options.sweep_steps:
-        guidances, steps = options.sweep_c or (sampling.c,), options.sweep_steps or (sampling.steps,)
-        every = [dataclasses.replace(sampling, c=c, steps=n) for n in steps for c in guidances]
-        every = [pipeline.resolved(each) for each in every]  # refuses a wrong one before the first is sampled
-        images = [pipeline.generate_images([prompt], each, seeds=seed, edit=edit)[0] for each in every]
-        captions = [f"c {each.c:g}, {each.steps} steps" for each in every]
-        path, metadata = options.output / f"sweep_{name}.png", {"prompt": prompt, "seed": seed, "sweep": every}
-        save_png(captioned_grid(images, captions, columns=len(guidances), cell=cell), path, metadata)
-        return f"{path} written: {prompt!r}, guidance from left to right, steps from top to bottom"
+        return sweep(options, pipeline, prompts[0], edit)
+    return sample(options, pipeline, prompts, edit)
 
-    start = time.perf_counter()
+
+def sample(options: Options, pipeline: "DiffusionPipeline", prompts: Sequence[str], edit: "Edit | None") -> str:
+    """Each prompt's picture, a grid of all, and on request a GIF of each one's way from noise."""
+    from images import captioned_grid, save_gif, save_png
+
+    sampling, seed = options.sampling, options.seed
+    began = time.perf_counter()
     if options.animate:
-        films = [pipeline.denoising(each, sampling, seed=seed, edit=edit) for each in prompts]
+        films = [pipeline.denoising(prompt, sampling, seed=seed, edit=edit) for prompt in prompts]
         images = [film[-1] for film in films]
     else:
         images = pipeline.generate_images(prompts, sampling, seeds=seed, edit=edit)
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - began
     for number, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
         path = options.output / f"{number + 1:02}_{file_name(prompt)}.png"
-        save_png(image, path, pipeline.origin(prompt, seed, sampling, edit=edit).to_text())
+        save_png(image, path, pipeline.metadata(prompt, seed, sampling, edit))
         if options.animate:
-            save_gif(films[number], path.with_suffix(".gif"), cell=cell)
+            save_gif(films[number], path.with_suffix(".gif"), cell=options.size)
     path, gifs = options.output / "grid.png", " with a GIF each" if options.animate else ""
-    save_png(captioned_grid(images, prompts, columns=6, cell=cell), path)
+    save_png(captioned_grid(images, prompts, columns=6, cell=options.size), path)
     return f"{path} and {len(prompts)} pictures beside it{gifs} written; {seconds:.1f} s to sample them"
+
+
+def interpolate(options: Options, pipeline: "DiffusionPipeline", prompt: str) -> str:
+    """A strip and a GIF of the way from one prompt and seed to another."""
+    from images import captioned_grid, save_gif, save_png
+
+    sampling, seed = options.sampling, options.seed
+    to = prompt if options.to is None else options.to
+    to_seed = seed if options.to_seed is None else options.to_seed
+    images = pipeline.interpolate((prompt, to), sampling, seeds=(seed, to_seed), frames=options.frames)
+    captions = [f"{i / (len(images) - 1):.0%}" for i in range(len(images))]
+    captions[0], captions[-1] = f"{prompt}, seed {seed}", f"{to}, seed {to_seed}"
+    path = options.output / f"{file_name(prompt)}_{seed}_to_{file_name(to)}_{to_seed}.png"
+    metadata = pipeline.metadata(prompt, seed, sampling) | {"to": to, "to_seed": str(to_seed)}
+    save_png(captioned_grid(images, captions, columns=len(images), cell=options.size), path, metadata)
+    save_gif([*images, *images[-2::-1]], path.with_suffix(".gif"), cell=options.size)
+    return f"{path} and {path.with_suffix('.gif').name} written: {len(images)} pictures from {prompt!r} to {to!r}"
+
+
+def sweep(options: Options, pipeline: "DiffusionPipeline", prompt: str, edit: "Edit | None") -> str:
+    """A grid of guidances against numbers of steps."""
+    from images import captioned_grid, save_png
+
+    sampling, seed = options.sampling, options.seed
+    guidances, steps = options.sweep_c or (sampling.c,), options.sweep_steps or (sampling.steps,)
+    every = [dataclasses.replace(sampling, c=c, steps=n) for n in steps for c in guidances]
+    every = [pipeline.resolved(each) for each in every]  # refuses a wrong one before the first is sampled
+    images = [pipeline.generate_images([prompt], each, seeds=seed, edit=edit)[0] for each in every]
+    captions = [f"c {each.c:g}, {each.steps} steps" for each in every]
+    path, metadata = options.output / f"sweep_{file_name(prompt)}.png", {"prompt": prompt, "seed": seed, "sweep": every}
+    save_png(captioned_grid(images, captions, columns=len(guidances), cell=options.size), path, metadata)
+    return f"{path} written: {prompt!r}, guidance from left to right, steps from top to bottom"
 
 
 def file_name(prompt: str) -> str:

@@ -71,7 +71,7 @@ LAYER += [f"{part}.{norm}" for part in ("attention.output", "output") for norm i
 Weights = dict[str, dict[str, Array]]
 
 
-class EncoderError(RuntimeError):
+class EncoderError(ValueError):
     """No usable text encoder under this name; the message says why and what to do."""
 
 

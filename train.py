@@ -215,7 +215,6 @@ def catch_signals() -> list[int]:
 
 def loop(run: "Run", state: "TrainState", source: "Memory | Stream") -> tuple["TrainState", str]:
     """Take steps to the end of the run; returns what stopped it before that, or ""."""
-    import jax
     from tqdm import tqdm
 
     import checkpoint
@@ -225,10 +224,8 @@ def loop(run: "Run", state: "TrainState", source: "Memory | Stream") -> tuple["T
     from dataset import DatasetError
 
     config, log, steps = run.config, run.log, run.last_step
-    train_step, programs = training.build_train_step(config, run.graphdef, steps), {}
+    train_step, programs = training.build_train_step(config, steps), {}
     update_averages = ema.build_update(config)
-    _, key = jax.random.split(jax.random.key(config.seed))  # the first one made the initial weights
-    key = parallel.replicate(key)
     steps_per_call = ema.EVERY if parallel.on_accelerator() and not config.stream else 1
     seen = {"total": steps * config.B, "initial": run.step * config.B, "unit": "img"}
     signals, in_flight, stopped_by, fault = catch_signals(), deque(), "", ""
@@ -243,8 +240,8 @@ def loop(run: "Run", state: "TrainState", source: "Memory | Stream") -> tuple["T
                 run.save(state, "stopped", now=True)
                 raise
             if n not in programs:  # each is compiled when it is first needed
-                programs[n] = run.compile(train_step, state, data, rows, key)
-            state, loss = programs[n](state, data, rows, key)
+                programs[n] = run.compile(train_step, state, data, rows, run.key)
+            state, loss = programs[n](state, data, rows, run.key)
             run.step += n
             in_flight.append(loss)  # so few programs wait on the device that the clock is right and Ctrl-C quick
             if len(in_flight) > 2:

@@ -82,14 +82,8 @@ class TrainState(NamedTuple):
 
 def zero_metrics(streak: int = 0) -> Metrics:
     """Empty metrics, on the host; a streak that goes on is kept."""
-    return Metrics(
-        np.zeros(LEVELS, np.float32), np.zeros(LEVELS, np.float32), np.float32(0), np.int32(0), np.int32(streak)
-    )
-
-
-def graphdef(config: Params, text_dim: int) -> nnx.GraphDef:
-    """The network without its weights."""
-    return nnx.graphdef(nnx.eval_shape(lambda: UNet(config, text_dim, nnx.Rngs(0))))
+    zeros = np.zeros(LEVELS, np.float32)
+    return Metrics(zeros, zeros, np.float32(0), np.int32(0), np.int32(streak))
 
 
 def init_state(config: Params, text_dim: int, key: Key[Array, ""]) -> TrainState:
@@ -97,6 +91,14 @@ def init_state(config: Params, text_dim: int, key: Key[Array, ""]) -> TrainState
     weights = nnx.to_pure_dict(nnx.state(UNet(config, text_dim, nnx.Rngs(key))))
     opt_state = optimizer(config, 1).init(weights)  # whose shape does not depend on the length of the run
     return TrainState(weights, ema.start(weights), opt_state, jnp.zeros((), jnp.int32), zero_metrics())
+
+
+def start(config: Params, text_dim: int) -> tuple[TrainState, Key[Array, ""]]:
+    """The state before the first step and the key of all steps, on every device; both follow from the seed."""
+    init_key, key = jax.random.split(jax.random.key(config.seed))
+    fast = {"xla_backend_optimization_level": 0}  # to compile, as it runs only once
+    init = jax.jit(init_state, static_argnums=(0, 1), compiler_options=fast)
+    return parallel.replicate((init(config, text_dim, init_key), key))
 
 
 def to_checkpoint(state: TrainState) -> dict:
@@ -145,7 +147,7 @@ def accumulate(objective: Callable, weights: dict, batch: tuple, parts: int, unr
     return loss, losses.T.ravel(), gradient
 
 
-def build_train_step(config: Params, graphdef: nnx.GraphDef, steps: int = 0) -> Callable:
+def build_train_step(config: Params, steps: int = 0) -> Callable:
     """The jitted function (state, data, rows, key) -> (state after n steps, last loss); the state is donated.
 
     `rows` chooses the pictures of n steps from `data`; where it is None, `data` is the batch of one step. `steps` is
@@ -156,7 +158,7 @@ def build_train_step(config: Params, graphdef: nnx.GraphDef, steps: int = 0) -> 
     unroll = jax.default_backend() == "cpu"  # where XLA runs convolutions inside a loop many times slower
 
     def objective(weights: dict, batch: Batch, noise: Array, t: Array, labels: Array | None, dropout_key: Array):
-        model, key = network(config, graphdef, weights), dropout_key[0] if config.dropout else None
+        model, key = network(config, weights), dropout_key[0] if config.dropout else None
         losses = squared_error(model, batch, noise, t, schedule, config.prediction, labels, key)  # [b]
         return (loss_weight(schedule, t, config) * losses).mean(), losses
 

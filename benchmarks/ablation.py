@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tyro
 
 from files import replacing
-from params import Params, flags
+from params import PRESETS, Params
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES, DRAWN = 512, 128
@@ -155,6 +155,18 @@ def folder(name: str, config: Params) -> str:
     return f"{name.replace(', ', '_').replace(' ', '_')}-{digest[:8]}"
 
 
+def flags(config: Params, preset: str) -> list[str]:
+    """The words after `python train.py` that make `config` out of a preset whose switches are all off."""
+    words = [preset]
+    for field in dataclasses.fields(Params):
+        value = getattr(config, field.name)
+        if value is True:
+            words.append(f"--{field.name}")
+        elif value != getattr(PRESETS[preset], field.name):
+            words += [f"--{field.name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return words
+
+
 def train(output: Path, config: Params, core: int) -> None:
     """Train into a folder, going on where it was stopped; RuntimeError if it was stopped again."""
     if (output / "final").is_dir():
@@ -187,7 +199,7 @@ def measured_pace() -> dict[str, float]:
     running, times = {}, {name: [] for name in NETWORKS}
     for name, (_, sizes) in NETWORKS.items():
         config = dataclasses.replace(BASE, **sizes)
-        step = training.build_train_step(config, training.graphdef(config, made_up.TEXT_DIM))
+        step = training.build_train_step(config)
         running[name] = [step, *made_up.arguments(config, PICTURES)]
     for _ in range(12):
         for name, run in running.items():
@@ -204,16 +216,14 @@ def shown(run: Path) -> dict:
     import numpy as np
 
     import dataset
-    import training
     from evaluation import heldout, metrics
     from params import Sampling
     from pipeline import DiffusionPipeline
 
     pipeline = DiffusionPipeline(run / "final")
     config, encoder = pipeline.config, pipeline.encoder
-    graphdef = training.graphdef(config, encoder.dim)
     unseen = dataset.side(dataset.from_config(dataclasses.replace(config, MAX_INDEX=0)), heldout=True)
-    measure = heldout.build_measure(config, graphdef, unseen.images, unseen.names, encoder)
+    measure = heldout.build_measure(config, unseen.images, unseen.names, encoder)
     error = np.log(heldout.in_velocity(measure(pipeline.weights), config))
 
     known = dataset.side(dataset.from_config(config), heldout=False)

@@ -36,7 +36,6 @@ import made_up
 import numpy as np
 import optax
 from count import count_flops
-from flax import nnx
 
 import dataloader
 import dataset
@@ -100,7 +99,7 @@ def ratio(one: np.ndarray, other: np.ndarray) -> float:
 # A preset.
 
 
-def bare_step(config: Params, graphdef: nnx.GraphDef, data: dataloader.Data, rows: dataloader.Rows) -> Callable:
+def bare_step(config: Params, data: dataloader.Data, rows: dataloader.Rows) -> Callable:
     """A training step without averages, metrics and guard; it keeps its own state."""
     schedule, tx = schedules.from_config(config), training.optimizer(config, steps=1)
 
@@ -112,7 +111,7 @@ def bare_step(config: Params, graphdef: nnx.GraphDef, data: dataloader.Data, row
         noise = jax.random.normal(noise_key, batch.image.shape)
 
         def objective(weights: dict) -> jax.Array:
-            model = network(config, graphdef, weights)
+            model = network(config, weights)
             return training.squared_error(model, batch, noise, t, schedule, config.prediction).mean()
 
         loss, gradient = jax.value_and_grad(objective)(weights)
@@ -133,10 +132,9 @@ def bare_step(config: Params, graphdef: nnx.GraphDef, data: dataloader.Data, row
 
 def preset(config: Params, rounds: int) -> dict:
     """Everything about one preset, beside the ceilings of the same rounds."""
-    graphdef = training.graphdef(config, made_up.TEXT_DIM)
     state, data, rows, key = made_up.arguments(config, config.MAX_INDEX or ENOUGH)
     weights = jax.tree.map(jnp.copy, state.weights)  # the state's own buffers are taken by its first step
-    step = training.build_train_step(config, graphdef)
+    step = training.build_train_step(config)
     jaxpr = jax.make_jaxpr(step)(state, data, rows, key).jaxpr
     flops, computed = count_flops(jaxpr), count_flops(jaxpr, min if jax.default_backend() == "cpu" else max)
     jax.clear_caches()
@@ -145,7 +143,7 @@ def preset(config: Params, rounds: int) -> dict:
     cold = time.perf_counter() - start
     jax.clear_caches()
     start = time.perf_counter()
-    training.build_train_step(config, graphdef).lower(state, data, rows, key).compile()
+    training.build_train_step(config).lower(state, data, rows, key).compile()
     cached = time.perf_counter() - start
     memory = compiled.memory_analysis()
 
@@ -153,7 +151,7 @@ def preset(config: Params, rounds: int) -> dict:
     first, table = batch(data, rows), dataloader.Table(np.arange(ENOUGH)[:, None], 1 + np.arange(ENOUGH)[:, None])
     inputs = (first.image, jnp.ones(config.B, jnp.int32), first.text_emb, first.text_mask)
     one = tuple(array[:1] for array in inputs)
-    forward = jax.jit(lambda weights, *inputs: network(config, graphdef, weights)(*inputs))
+    forward = jax.jit(lambda weights, *inputs: network(config, weights)(*inputs))
     gradient = jax.jit(jax.grad(lambda weights, *inputs: (forward(weights, *inputs) ** 2).mean()))
     opt_state, averages = jax.tree.map(jnp.copy, (state.opt_state, state.ema))
     tx = training.optimizer(config, steps=1)
@@ -173,13 +171,10 @@ def preset(config: Params, rounds: int) -> dict:
         for _ in range(2 * STEPS):
             forward(weights, *one).block_until_ready()
 
-    draws = {
-        f"draw {name}": made_up.drawer(config, graphdef, data, pictures=1, sampler=name, steps=STEPS)
-        for name in SOLVERS
-    }
+    draws = {f"draw {name}": made_up.drawer(config, data, pictures=1, sampler=name, steps=STEPS) for name in SOLVERS}
     functions = ceilings() | {
         "step": train,
-        "bare step": bare_step(config, graphdef, data, rows),
+        "bare step": bare_step(config, data, rows),
         "forward": lambda: forward(weights, *inputs),
         "gradient": lambda: gradient(weights, *inputs),
         "optimizer": lambda: optimizer(weights, opt_state),

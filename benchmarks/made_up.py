@@ -5,7 +5,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 import parallel
 import samplers
@@ -31,9 +30,8 @@ def data(config: Params, pictures: int) -> Data:
 def arguments(config: Params, pictures: int, steps: int = 1) -> tuple:
     """What a training step takes: state, data, rows of so many steps, key."""
     chosen = np.random.default_rng(1).integers(pictures, size=(steps, config.B), dtype=np.int32)
-    state = jax.jit(training.init_state, static_argnums=(0, 1))(config, TEXT_DIM, jax.random.key(0))
-    rows = Rows(chosen, 1 + chosen)
-    return parallel.replicate((state, data(config, pictures), rows, jax.random.key(1)))
+    state, key = training.start(config, TEXT_DIM)
+    return state, *parallel.replicate((data(config, pictures), Rows(chosen, 1 + chosen))), key
 
 
 def shapes(config: Params, pictures: int) -> tuple:
@@ -44,11 +42,9 @@ def shapes(config: Params, pictures: int) -> tuple:
     return state, jax.eval_shape(lambda: data(config, pictures)), Rows(rows, rows), key
 
 
-def drawer(
-    config: Params, graphdef: nnx.GraphDef, data: Data, *, pictures: int, sampler: str, steps: int
-) -> Callable[[dict], jax.Array]:
+def drawer(config: Params, data: Data, *, pictures: int, sampler: str, steps: int) -> Callable[[dict], jax.Array]:
     """weights -> pictures: this project's sampler on a guided batch."""
-    sample = build_sampler(config, graphdef)
+    sample = build_sampler(config)
     timesteps = tuple(samplers.timesteps(schedule.from_config(config), "trailing", steps).tolist())
     text_emb, text_mask = (
         jnp.stack([part[1 : 1 + pictures], jnp.broadcast_to(part[0], part[1 : 1 + pictures].shape)], axis=1)

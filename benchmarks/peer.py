@@ -94,10 +94,9 @@ def ours(config, *, pictures: int, steps: int) -> tuple[dict[str, Trial], dict]:
     import training
     from model import network
 
-    graphdef = training.graphdef(config, TEXT_DIM)
     state, data, rows, key = made_up.arguments(config, IMAGES)
-    train_step = training.build_train_step(config, graphdef)
-    draw_pictures = made_up.drawer(config, graphdef, data, pictures=pictures, sampler="ddim", steps=steps)
+    train_step = training.build_train_step(config)
+    draw_pictures = made_up.drawer(config, data, pictures=pictures, sampler="ddim", steps=steps)
 
     def train() -> None:
         nonlocal state
@@ -108,7 +107,7 @@ def ours(config, *, pictures: int, steps: int) -> tuple[dict[str, Trial], dict]:
         jax.block_until_ready(draw_pictures(state.ema.short))
 
     def forward(weights, *inputs):
-        return network(config, graphdef, weights)(*inputs)
+        return network(config, weights)(*inputs)
 
     image = jnp.zeros((1, config.H, config.W, config.CHANNELS))
     inputs = (state.weights, image, jnp.ones(1, jnp.int32), data.text_emb[:1], data.text_mask[:1])

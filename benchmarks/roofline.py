@@ -49,7 +49,7 @@ PICTURES = 1824
 def step_operations(config: Params) -> tuple[list[Operation], int]:
     """The matrix products and convolutions of a training step, and the number of weights."""
     state, *inputs = made_up.shapes(config, config.MAX_INDEX or PICTURES)
-    step = training.build_train_step(config, training.graphdef(config, made_up.TEXT_DIM), steps=1)
+    step = training.build_train_step(config, steps=1)
     jaxpr = jax.make_jaxpr(step)(state, *inputs)
     return list(operations(jaxpr.jaxpr)), sum(leaf.size for leaf in jax.tree.leaves(state.weights))
 
@@ -101,7 +101,7 @@ def measured(config: Params, arithmetic: str, rounds: int = 9) -> dict[str, floa
     n = ema.EVERY if parallel.on_accelerator() else 1
     state, *inputs = made_up.arguments(config, config.MAX_INDEX or PICTURES, n)
     with jax.default_matmul_precision("highest" if arithmetic == "float32" else "default"):
-        step = training.build_train_step(config, training.graphdef(config, made_up.TEXT_DIM))
+        step = training.build_train_step(config)
         start = time.perf_counter()
         steps = step.lower(state, *inputs).compile()
     compiling = time.perf_counter() - start

@@ -130,7 +130,7 @@ def steps(cases: list[tuple[Params, int]], rounds: int) -> list[Row]:
     running, costs, times = [], [], [[] for _ in cases]
     for config, pictures in cases:
         state, *inputs = made_up.arguments(config, pictures)
-        built = training.build_train_step(config, training.graphdef(config, made_up.TEXT_DIM))
+        built = training.build_train_step(config)
         step = built.lower(state, *inputs).compile()
         memory = step.memory_analysis()
         held = memory.argument_size_in_bytes + memory.temp_size_in_bytes

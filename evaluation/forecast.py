@@ -30,7 +30,7 @@ def forecast(config: Params) -> None:
         return training.init_state(config, text_dim, key), data, rows, key
 
     state, *others = jax.eval_shape(arguments, jax.eval_shape(lambda: jax.random.key(0)))
-    step = training.build_train_step(config, training.graphdef(config, text_dim), steps=1)
+    step = training.build_train_step(config, steps=1)
     lowered = step.lower(state, *others)
     memory = lowered.compile().memory_analysis()
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.weights))

@@ -15,7 +15,6 @@ from functools import cache
 
 import jax
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 from tqdm import tqdm
 
@@ -46,7 +45,7 @@ def questions(n: int, T: int) -> Int[np.ndarray, "n levels"]:
 
 
 @cache
-def build_losses(config: Params, graphdef: nnx.GraphDef) -> Callable[..., Float[Array, "b"]]:
+def build_losses(config: Params) -> Callable[..., Float[Array, "b"]]:
     """The jitted function losses(weights, images, text_emb, text_mask, t, seeds) -> loss of each picture.
 
     The seeds are those of the noise. The loss is that of training: mean squared error of the prediction.
@@ -57,7 +56,7 @@ def build_losses(config: Params, graphdef: nnx.GraphDef) -> Callable[..., Float[
     def losses(weights, images, text_emb, text_mask, t, seeds):
         image = to_float(images)
         noise = jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), image.shape[1:]))(seeds)
-        model, batch = network(config, graphdef, weights), Batch(image, text_emb, text_mask)
+        model, batch = network(config, weights), Batch(image, text_emb, text_mask)
         return squared_error(model, batch, noise, t, schedule, config.prediction)
 
     return losses
@@ -88,17 +87,15 @@ def loss_per_level(
 
 
 def build_measure(
-    config: Params, graphdef: nnx.GraphDef, images: UInt8[np.ndarray, "n h w c"], names: list[str], encoder: TextEncoder
+    config: Params, images: UInt8[np.ndarray, "n h w c"], names: list[str], encoder: TextEncoder
 ) -> Callable[..., Float[np.ndarray, "n levels"]]:
     """The function measure(weights, progress=False) -> loss of each of these captioned pictures at each level."""
     text = dataloader.encode(encoder, names, config.TEXT_LEN)
-    losses = build_losses(config, graphdef)
+    losses = build_losses(config)
     return lambda weights, **progress: loss_per_level(losses, weights, images, *text, T=config.T, **progress)
 
 
-def build_monitor(
-    config: Params, graphdef: nnx.GraphDef, unseen: Pictures, encoder: TextEncoder
-) -> Callable[[dict], dict[str, float | list]]:
+def build_monitor(config: Params, unseen: Pictures, encoder: TextEncoder) -> Callable[[dict], dict[str, float | list]]:
     """The function monitor(weights) -> loss on MONITORED of these pictures, as fields for metrics.jsonl."""
     n = min(MONITORED, len(unseen.names))
     if not n:
@@ -107,7 +104,7 @@ def build_monitor(
     shape = (config.H, config.W, config.CHANNELS)
     in_memory = unseen.images is not None
     images = unseen.images[rows] if in_memory else np.stack([decoded(unseen.file(row), shape) for row in rows])
-    measure = build_measure(config, graphdef, images, [unseen.names[row] for row in rows], encoder)
+    measure = build_measure(config, images, [unseen.names[row] for row in rows], encoder)
 
     def monitor(weights: dict) -> dict[str, float | list]:
         each = measure(weights)

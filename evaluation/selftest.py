@@ -16,9 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
-import jax
 import numpy as np
-from flax import nnx
 from jaxtyping import UInt8
 from tqdm import tqdm
 
@@ -107,14 +105,11 @@ def self_test(config: Params, pictures: Pictures, encoder: TextEncoder, *, secon
     config = dataclasses.replace(config, **plain)
 
     source = dataloader.load(pictures, encoder, config)
-    graphdef = training.graphdef(config, encoder.dim)
-    init_key, key = jax.random.split(jax.random.key(config.seed))
-    state = parallel.replicate(jax.jit(training.init_state, static_argnums=(0, 1))(config, encoder.dim, init_key))
-    key = parallel.replicate(key)
+    state, key = training.start(config, encoder.dim)
     text = encoder(captions, config.TEXT_LEN)
-    measure = build_measure(config, graphdef, images, text)
+    measure = build_measure(config, images, text)
     before = after = measure(state.ema.short)
-    train_step, update_averages = training.build_train_step(config, graphdef), ema.build_update(config)
+    train_step, update_averages = training.build_train_step(config), ema.build_update(config)
     steps, end = 0, start + seconds
     with tqdm(unit=" steps", leave=False, disable=None) as bar:
         while time.perf_counter() < end and not done(steps, before, after):
@@ -133,7 +128,7 @@ def self_test(config: Params, pictures: Pictures, encoder: TextEncoder, *, secon
     state = state._replace(ema=update_averages(state.ema, state.weights, state.step))
     after, nearest = measure(state.ema.short), None
     if after.loss < FELL * before.loss:
-        pipeline = DiffusionPipeline.from_weights(config, encoder, graphdef, parallel.unreplicate(state.ema.short))
+        pipeline = DiffusionPipeline.from_weights(config, encoder, parallel.unreplicate(state.ema.short))
         samples = pipeline.generate_arrays(captions, Sampling(c=1.0), seeds=0)
         distance = metrics.distances(samples, images)  # [samples, pictures]
         own, other = (int((metrics.ranks(distance, rows) == 0).sum()) for rows in (np.arange(n), shuffled(range(n))))
@@ -142,9 +137,9 @@ def self_test(config: Params, pictures: Pictures, encoder: TextEncoder, *, secon
     return judge(config, Evidence(n, steps, skipped, time.perf_counter() - start, before, after, nearest, alike))
 
 
-def build_measure(config: Params, graphdef: nnx.GraphDef, images: np.ndarray, text: tuple) -> Callable[[dict], Losses]:
+def build_measure(config: Params, images: np.ndarray, text: tuple) -> Callable[[dict], Losses]:
     """The function measure(weights) -> Losses of these pictures."""
-    losses = heldout.build_losses(config, graphdef)
+    losses = heldout.build_losses(config)
     high = np.flatnonzero(heldout.questions(1, config.T)[0])[-3:]  # levels
     other = tuple(part[shuffled(range(len(images)))] for part in text)
 

@@ -99,17 +99,16 @@ def products(jaxpr):
 
 
 def test_bfloat16_is_inside_only_and_close_to_float32(model):
-    graphdef, weights = nnx.split(model)
-    weights, batch = nnx.to_pure_dict(weights), inputs()
+    weights, batch = nnx.to_pure_dict(nnx.state(model)), inputs()
     half = dataclasses.replace(TINY, compute="bfloat16")
-    exact, rounded = run(model, *batch), jax.jit(network(half, graphdef, weights))(*batch)
+    exact, rounded = run(model, *batch), jax.jit(network(half, weights))(*batch)
     assert exact.dtype == rounded.dtype == jnp.float32
     error = jnp.linalg.norm(exact - rounded) / jnp.linalg.norm(exact)
     assert 1e-4 < error < 0.05  # the mantissa has 8 bits
-    factors = list(products(jax.make_jaxpr(network(half, graphdef, weights))(*batch).jaxpr))
+    factors = list(products(jax.make_jaxpr(network(half, weights))(*batch).jaxpr))
     assert len(factors) > 20
     assert set(factors) == {jnp.dtype("bfloat16")}
-    gradient = jax.eval_shape(jax.grad(lambda w: jnp.sum(network(half, graphdef, w)(*batch) ** 2)), weights)
+    gradient = jax.eval_shape(jax.grad(lambda w: jnp.sum(network(half, w)(*batch) ** 2)), weights)
     assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
 
 

@@ -188,7 +188,7 @@ def arguments(key):
 everywhere = jax.eval_shape(arguments, jax.eval_shape(lambda: jax.random.key(0)))
 state, data, rows, key = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=parallel.replicated()), everywhere)
-step = training.build_train_step(config, training.graphdef(config, 5))
+step = training.build_train_step(config)
 program = step.lower(state, data, rows, key).compile().as_text()
 for line in program.splitlines():
     found = re.search(r"= (.*?) (all-\w+|collective-\w+|reduce-scatter|ragged-\S+)(-start)?\(", line)

@@ -19,8 +19,10 @@ import sampling as sampling_module
 import schedule as schedules
 import training
 from images import on_white, save_png, to_bytes
+from model import abstract
 from params import Sampler, Sampling, Spacing
-from pipeline import DiffusionPipeline, Edit, Origin
+from pipeline import DiffusionPipeline, Edit
+from test import remembered
 from text_encoder import TextEncoder
 
 
@@ -64,7 +66,7 @@ def other(trained, tmp_path_factory):
     return drawer
 
 
-def test_a_picture_is_returned_and_written_with_its_origin(drawer, tmp_path):
+def test_a_picture_is_returned_and_written_with_how_it_was_made(drawer, tmp_path):
     path = tmp_path / "new folder" / "disc.png"
     image = drawer.generate_image("red disc", path, cfg=True, c=7, steps=3)
     assert (image.size, image.mode) == ((12, 8), "RGB")
@@ -76,33 +78,32 @@ def test_a_picture_is_returned_and_written_with_its_origin(drawer, tmp_path):
         drawer.generate_image("red disc", "/proc/none/disc.png", steps=3)
 
 
-def test_a_png_tells_how_to_draw_it_again(drawer, other, tmp_path):
+def test_a_png_tells_how_to_sample_it_again(drawer, tmp_path):
     path = tmp_path / "disc.png"
     sampling = Sampling(sampler="dpmpp_2m_sde", spacing="log_snr", rescale=0.3, temperature=0.5, interval=(0.1, 0.9))
     options = {"steps": 3, "seed": 5, "negative_prompt": "blue – très", "sampling": sampling, "size": 24}
     image = drawer.generate_image("red disc", path, True, 2.5, **options)
-    origin = Origin.read(path)
-    assert origin.sampling == dataclasses.replace(sampling, c=2.5, steps=3, eta=1.0, negative_prompt="blue – très")
-    np.testing.assert_array_equal(drawer.like(origin), image)
-    with pytest.raises(ValueError, match=f"drawn by checkpoint {drawer.hash[:12]}…, this one is {other.hash[:12]}"):
-        other.like(origin)
+    told = remembered(path)
+    assert told.sampling == dataclasses.replace(sampling, c=2.5, steps=3, eta=1.0, negative_prompt="blue – très")
+    again = drawer.generate_image(told.prompts[0], sampling=told.sampling, c=None, seed=told.seed, size=24)
+    np.testing.assert_array_equal(again, image)
     Image.new("RGB", (3, 3)).save(tmp_path / "bare.png")
-    with pytest.raises(ValueError, match=r"bare\.png does not say how it was drawn"):
-        Origin.read(tmp_path / "bare.png")
+    with pytest.raises(ValueError, match=r"bare\.png does not say how it was sampled"):
+        remembered(tmp_path / "bare.png")
 
 
 def test_a_png_of_an_older_version_is_read_or_refused_with_the_reason(drawer, tmp_path):
-    text = drawer.origin("red disc", 5, Sampling(steps=3)).to_text()
+    text = drawer.metadata("red disc", 5, Sampling(steps=3))
     old = json.loads(text["sampling"]) | {"on_white": True}
     save_png(Image.new("RGB", (3, 3)), tmp_path / "old.png", text | {"sampling": json.dumps(old)})
-    assert Origin.read(tmp_path / "old.png") == drawer.origin("red disc", 5, Sampling(steps=3))
+    assert remembered(tmp_path / "old.png").sampling == drawer.resolved(Sampling(steps=3))
     for gone, message in (
         ({"spacing": "leading"}, "spacing = 'leading': allowed are trailing, log_snr"),
         ({"x": 1}, "x"),
     ):
         save_png(Image.new("RGB", (3, 3)), tmp_path / "gone.png", text | {"sampling": json.dumps(old | gone)})
-        with pytest.raises(ValueError, match=rf"gone\.png cannot be drawn again by this version.*{message}"):
-            Origin.read(tmp_path / "gone.png")
+        with pytest.raises(ValueError, match=rf"gone\.png was sampled by another version.*{message}"):
+            remembered(tmp_path / "gone.png")
 
 
 def test_drawing_makes_no_transfer_that_it_does_not_name(drawer, sealed):
@@ -146,10 +147,10 @@ def test_threads_may_draw_at_once(drawer, tmp_path):
 
 def test_guidance_of_one_is_no_guidance_and_needs_no_second_evaluation(drawer, monkeypatch):
     config = dataclasses.replace(drawer.config, seed=1)  # a function of its own, not compiled before
-    drawer = DiffusionPipeline.from_weights(config, drawer.encoder, training.graphdef(config, 384), drawer.weights)
-    rows, call = [], sampling_module.nnx.merge
+    drawer = DiffusionPipeline.from_weights(config, drawer.encoder, drawer.weights)
+    rows, call = [], nnx.merge
     monkeypatch.setattr(
-        sampling_module.nnx,
+        nnx,
         "merge",
         lambda *a: lambda noisy, *inputs: rows.append(len(noisy)) or call(*a)(noisy, *inputs),
     )
@@ -182,27 +183,27 @@ def test_another_guidance_seed_prompt_or_eta_compiles_nothing(drawer, monkeypatc
 def by_hand(drawer, tiny):
     """What the network says of one picture at t, with the caption "red disc" and without one."""
     text, mask = map(jnp.asarray, drawer.encoder(["red disc", ""], tiny.TEXT_LEN))
-    model = nnx.merge(training.graphdef(tiny, drawer.encoder.dim), nnx.State(drawer.weights))
+    model = nnx.merge(abstract(tiny, drawer.encoder.dim)[0], nnx.State(drawer.weights))
     return jax.jit(lambda noisy, t: model(jnp.repeat(noisy, 2, axis=0), jnp.full(2, t), text, mask))
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
 def test_drawing_is_a_solver_over_guided_and_thresholded_estimates(drawer, tiny, by_hand, prediction):
     """The jitted function against its parts, put together by hand for one picture."""
-    convert = {"eps": schedules.denoised_from_eps, "v": schedules.denoised_from_v, "x0": lambda s, x, out, t: out}
     schedule = schedules.cosine(tiny.T)
     noise_key, _ = jax.random.split(jax.random.key(9))
     noisy = jax.random.normal(noise_key, (1, tiny.H, tiny.W, tiny.CHANNELS))
     for t, s in itertools.pairwise(samplers.timesteps(schedule, "trailing", 4).tolist()):
-        ts = jnp.full(1, t)
-        with_caption, without = (convert[prediction](schedule, noisy, out[None], ts) for out in by_hand(noisy, t))
+        alpha, sigma = schedule.alpha[t], schedule.sigma[t]
+        out = by_hand(noisy, t)[:, None]  # with the caption and without
+        known = {"eps": (noisy - sigma * out) / alpha, "v": alpha * noisy - sigma * out, "x0": out}
+        with_caption, without = known[prediction]
         denoised = jnp.clip(without + 3 * (with_caption - without), -1, 1)
-        noise = schedules.eps_from_denoised(schedule, noisy, denoised, ts)
+        noise = (noisy - alpha * denoised) / sigma
         noisy = schedules.add_noise(schedule, denoised, noise, jnp.full(1, s))
 
     config = dataclasses.replace(tiny, prediction=prediction)
-    graphdef = training.graphdef(tiny, drawer.encoder.dim)
-    pipeline = DiffusionPipeline.from_weights(config, drawer.encoder, graphdef, drawer.weights)
+    pipeline = DiffusionPipeline.from_weights(config, drawer.encoder, drawer.weights)
     drawn = pipeline.generate_arrays(["red disc"], Sampling(c=3, sampler="ddim", steps=4), seeds=9)
     np.testing.assert_allclose(drawn.astype(float) / 127.5 - 1, noisy, atol=0.02)
 
@@ -270,9 +271,7 @@ def test_a_way_between_noises_keeps_their_size_and_meets_both():
 def test_a_film_of_the_drawing_ends_with_the_picture(drawer, tiny):
     weights = jax.tree.map(lambda weight: 0.3 * weight, drawer.weights)  # estimates that are not all black and white
     calm = dataclasses.replace(tiny, prediction="x0")
-    pipeline = DiffusionPipeline.from_weights(
-        calm, drawer.encoder, training.graphdef(tiny, drawer.encoder.dim), weights
-    )
+    pipeline = DiffusionPipeline.from_weights(calm, drawer.encoder, weights)
     film = pipeline.denoising("red disc", Sampling(steps=4, c=1), seed=3)
     assert len(film) == 5
     np.testing.assert_array_equal(film[-1], pipeline.generate_image("red disc", cfg=False, steps=4, seed=3))
@@ -304,12 +303,7 @@ def test_known_pixels_are_kept_exactly(drawer, photo, tmp_path):
     drawn, kept = np.asarray(drawer.generate_image("red disc", path, steps=4, edit=edit)), np.asarray(mask) == 0
     np.testing.assert_array_equal(drawn[kept], np.asarray(photo)[kept])
     assert (drawn[~kept] != np.asarray(photo)[~kept]).mean() > 0.5
-    origin = Origin.read(path)
-    np.testing.assert_array_equal(drawer.like(origin, edit), drawn)
-    with pytest.raises(ValueError, match="image is not what the picture was drawn with: bring the one"):
-        drawer.like(origin)
-    with pytest.raises(ValueError, match="mask is not what"):
-        drawer.like(origin, edit._replace(mask=None))
+    assert remembered(path).strength == 1
     everywhere = Edit(photo, mask=Image.new("1", (12, 8), 1))
     plain = np.asarray(drawer.generate_image("red disc", steps=4, edit=Edit(photo, 1.0))).astype(int)
     np.testing.assert_allclose(np.asarray(drawer.generate_image("red disc", steps=4, edit=everywhere)), plain, atol=1)
@@ -378,7 +372,7 @@ def test_numbers_of_any_kind_are_kept_as_plain_ones(drawer, tmp_path):
     odd = Sampling(c=np.float32(3), steps=np.int64(2), eta=np.float64(0), interval=[0, 1])
     assert odd == Sampling(c=3.0, steps=2, eta=0.0)
     drawer.generate_image("red disc", tmp_path / "disc.png", sampling=odd)
-    assert Origin.read(tmp_path / "disc.png").sampling == odd
+    assert remembered(tmp_path / "disc.png").sampling == odd
 
 
 def test_no_prompt_gives_no_picture(drawer):
@@ -396,9 +390,8 @@ def test_a_path_that_no_png_can_have_is_refused_before_drawing(drawer, tmp_path,
 
 def test_transparent_pictures_come_with_clean_alpha(trained, tiny, drawer):
     config = dataclasses.replace(tiny, CHANNELS=4)
-    graphdef = training.graphdef(config, drawer.encoder.dim)
     weights = training.init_state(config, drawer.encoder.dim, jax.random.key(0)).weights
-    pipeline = DiffusionPipeline.from_weights(config, drawer.encoder, graphdef, weights)
+    pipeline = DiffusionPipeline.from_weights(config, drawer.encoder, weights)
     known = Image.fromarray(
         np.dstack([np.full((8, 12, 3), 200, np.uint8), np.arange(96, dtype=np.uint8).reshape(8, 12)])
     )

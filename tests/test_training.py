@@ -6,10 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import checkpoint
 import dataloader
 import ema
+import model
 import parallel
 import schedule as schedules
 import training
@@ -37,7 +39,7 @@ def rows(step, n=1):
 
 @functools.cache
 def build(config):
-    return training.build_train_step(config, training.graphdef(config, TEXT_DIM), steps=100)
+    return training.build_train_step(config, steps=100)
 
 
 @functools.cache
@@ -80,7 +82,7 @@ def test_stopping_and_going_on_equals_not_stopping(tiny, data, tmp_path):
 def test_the_step_is_traced_once(tiny, data, monkeypatch):
     traces, batch = [], dataloader.batch
     monkeypatch.setattr(dataloader, "batch", lambda *a: traces.append(1) or batch(*a))
-    step, state = training.build_train_step(tiny, training.graphdef(tiny, TEXT_DIM)), fresh(tiny)
+    step, state = training.build_train_step(tiny), fresh(tiny)
     for number in range(3):
         state, _ = step(state, data, rows(number), KEY)
         state = state._replace(metrics=parallel.replicate(training.zero_metrics()))
@@ -129,17 +131,17 @@ def test_a_step_that_is_not_finite_changes_no_weight_and_is_counted(tiny, data):
 
 def test_the_loss_and_its_gradient_are_those_of_equation_14(tiny, data):
     """The jitted step against its parts, written out; AdamW's first update is the sign of the gradient, so of that."""
-    state, graphdef, schedule = fresh(tiny), training.graphdef(tiny, TEXT_DIM), schedules.cosine(tiny.T)
+    state, (graphdef, _), schedule = fresh(tiny), model.abstract(tiny, TEXT_DIM), schedules.cosine(tiny.T)
     image = dataloader.to_float(data.images[ROWS.images[0]])
     text_emb, text_mask = data.text_emb[ROWS.captions[0]], data.text_mask[ROWS.captions[0]]
 
     def objective(weights):
-        model = training.nnx.merge(graphdef, training.nnx.State(weights))
+        predict = nnx.merge(graphdef, nnx.State(weights))
         t_key, noise_key, _, _ = jax.random.split(jax.random.fold_in(KEY, 0), 4)
         t = jax.random.randint(t_key, (tiny.B,), 1, tiny.T + 1)
         noise = jax.random.normal(noise_key, image.shape)
         mixed = schedule.alpha[t][:, None, None, None] * image + schedule.sigma[t][:, None, None, None] * noise
-        return jnp.mean((model(mixed, t, text_emb, text_mask) - noise) ** 2)
+        return jnp.mean((predict(mixed, t, text_emb, text_mask) - noise) ** 2)
 
     loss, gradient = jax.jit(jax.value_and_grad(objective))(state.weights)
     assert 0.8 < loss < 1.2  # the network starts as zero, the noise has unit variance
@@ -195,12 +197,9 @@ def test_min_snr_weighs_the_error_of_the_clean_image_alike_for_every_prediction(
     schedule, t = schedules.from_config(config), jnp.array([1, 7, 20, 33, 49])
     keys = jax.random.split(jax.random.key(3), 3)
     image, noise, wrong = (jax.random.normal(key, (5, 2, 3, 1)) for key in keys)
-    noisy = schedules.add_noise(schedule, image, noise, t)
-    claimed = {
-        "eps": schedules.eps_from_denoised(schedule, noisy, wrong, t),
-        "v": schedules.v_from_denoised(schedule, noisy, wrong, t),
-        "x0": wrong,
-    }[prediction]
+    alpha, sigma = schedules.mix_at(schedule, t)
+    noisy = alpha * image + sigma * noise
+    claimed = {"eps": (noisy - alpha * wrong) / sigma, "v": (alpha * noisy - wrong) / sigma, "x0": wrong}[prediction]
     batch = dataloader.Batch(image, jnp.zeros((5, 1, 1)), jnp.ones((5, 1), bool))
     losses = training.squared_error(lambda *_: claimed, batch, noise, t, schedule, prediction)
     snr = np.exp(np.asarray(schedule.log_snr, np.float64)[t])
