@@ -4,8 +4,7 @@ Captions are encoded once by the frozen text encoder and kept on the disk. What 
 from the seed and the step alone, so that a run can go on at any step and nothing about the data has to be saved:
 
     rows      which pictures, and which of their captions; row 0 of the captions is the empty one
-    gather    these rows, from arrays on the device (`Memory`); `Stream` reads them from files instead
-    batch     their bytes as floats in [-1, 1]
+    batch     these rows of arrays on the device (`Memory`), or what `Stream` read from files, as floats in [-1, 1]
 
 An epoch is one pass over the concepts, the rows of the CSV, in an order of its own: one NumPy permutation from (seed,
 pass). Where several vendors have a picture of a concept, they take turns from pass to pass. A caption may be replaced
@@ -121,13 +120,10 @@ def rows(table: Table, step: int, n: int, config: Params) -> Rows:
     return Rows(np.stack(images), np.stack(captions))
 
 
-def gather(data: Data, rows: Rows) -> Data:
-    """The pictures and captions of one step, from arrays on the device."""
-    return Data(data.images[rows.images], data.text_emb[rows.captions], data.text_mask[rows.captions])
-
-
-def batch(data: Data) -> Batch:
-    """What a step is computed from: pictures as floats in [-1, 1], and captions."""
+def batch(data: Data, rows: Rows | None = None) -> Batch:
+    """What one step is computed from: these rows of the data, or all; pictures as floats in [-1, 1]."""
+    if rows is not None:
+        data = Data(data.images[rows.images], data.text_emb[rows.captions], data.text_mask[rows.captions])
     return Batch(to_float(data.images), data.text_emb, data.text_mask)
 
 

@@ -34,7 +34,7 @@ LEVELS = 10  # equal stretches of 1 … T over which the loss is recorded, the i
 
 
 def squared_error(
-    model: Callable[..., Float[Array, "b h w c"]],
+    model: Callable,
     batch: Batch,
     noise: Float[Array, "b h w c"],
     t: Int[Array, "b"],
@@ -162,9 +162,9 @@ def build_train_step(config: Params, steps: int = 0) -> Callable:
         losses = squared_error(model, batch, noise, t, schedule, config.prediction, labels, key)  # [b]
         return (loss_weight(schedule, t, config) * losses).mean(), losses
 
-    def one_step(state: TrainState, data: Data, key: Key[Array, ""]) -> tuple[TrainState, Float[Array, ""]]:
+    def one_step(state: TrainState, rows: Rows | None, *, data: Data, key: Key[Array, ""]) -> tuple[TrainState, Array]:
         t_key, noise_key, augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step), 4)
-        batch, labels = parallel.shard(dataloader.batch(data)), None
+        batch, labels = parallel.shard(dataloader.batch(data, rows)), None
         if config.augmentation:
             image, labels = augment(batch.image, augment_key, config.augmentation)
             batch = batch._replace(image=image)
@@ -192,10 +192,8 @@ def build_train_step(config: Params, steps: int = 0) -> Callable:
 
     @partial(jax.jit, donate_argnums=0, out_shardings=parallel.replicated())
     def train_step(state: TrainState, data: Data, rows: Rows | None, key: Key[Array, ""]):
-        def step(state: TrainState, rows: Rows | None) -> tuple[TrainState, Float[Array, ""]]:
-            return one_step(state, data if rows is None else dataloader.gather(data, rows), key)
-
-        state, losses = jax.lax.scan(step, state, rows, length=1 if rows is None else None, unroll=unroll)
+        take = partial(one_step, data=data, key=key)
+        state, losses = jax.lax.scan(take, state, rows, length=1 if rows is None else None, unroll=unroll)
         return state, losses[-1]
 
     return train_step

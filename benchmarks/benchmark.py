@@ -105,7 +105,7 @@ def bare_step(config: Params, data: dataloader.Data, rows: dataloader.Rows) -> C
 
     def step(state: tuple, data: dataloader.Data, rows: dataloader.Rows) -> tuple[tuple, jax.Array]:
         weights, opt_state, number = state
-        batch = dataloader.batch(dataloader.gather(data, jax.tree.map(lambda part: part[0], rows)))
+        batch = dataloader.batch(data, jax.tree.map(lambda part: part[0], rows))
         t_key, noise_key = jax.random.split(jax.random.fold_in(jax.random.key(1), number))
         t = jax.random.randint(t_key, (config.B,), 1, config.T + 1)
         noise = jax.random.normal(noise_key, batch.image.shape)
@@ -147,7 +147,7 @@ def preset(config: Params, rounds: int) -> dict:
     cached = time.perf_counter() - start
     memory = compiled.memory_analysis()
 
-    batch = jax.jit(lambda data, rows: dataloader.batch(dataloader.gather(data, jax.tree.map(lambda x: x[0], rows))))
+    batch = jax.jit(lambda data, rows: dataloader.batch(data, jax.tree.map(lambda x: x[0], rows)))
     first, table = batch(data, rows), dataloader.Table(np.arange(ENOUGH)[:, None], 1 + np.arange(ENOUGH)[:, None])
     inputs = (first.image, jnp.ones(config.B, jnp.int32), first.text_emb, first.text_mask)
     one = tuple(array[:1] for array in inputs)
