@@ -37,10 +37,7 @@ class CheckpointError(ValueError):
 
 
 def save(path: Path, items: dict[str, dict], about: dict) -> None:
-    """Write trees of arrays and one JSON; a checkpoint of that name is replaced once the new one is complete.
-
-    Raises CheckpointError where that fails, and leaves nothing behind. Only process 0 writes.
-    """
+    """Write trees of arrays and one JSON, and wait until they are complete; raises CheckpointError."""
     Saver().save(path, items, about, now=True)
 
 
@@ -48,7 +45,7 @@ class Saver(AbstractContextManager):
     """Saves in the background while training goes on, one checkpoint at a time.
 
     An error is told to `say` once the save is waited for: by the next save, by `wait` or at the end of the context.
-    With keep = N, epoch M once written deletes the epochs before it but for the last N - 1; 0 keeps all.
+    keep: how many epochs stay, the newest; 0 keeps all.
     """
 
     def __init__(self, keep: int = 0, say: Callable[[str], None] = print):

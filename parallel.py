@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental.multihost_utils import process_allgather, sync_global_devices
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from files import CACHE
@@ -66,9 +66,7 @@ def join() -> None:
     who = {}
     if len(given) == len(BY_HAND):
         address, count, index = given.values()
-        if not (
-            count.isdecimal() and index.isdecimal() and int(index) < int(count) and re.fullmatch(r".+:\d+", address)
-        ):
+        if not re.fullmatch(r".+:\d+ \d+ \d+", f"{address} {count} {index}") or int(index) >= int(count):
             raise ParallelError(f"{' '.join(f'{name}={value}' for name, value in given.items())} is wrong. {HOW}")
         who = {"num_processes": int(count), "process_id": int(index), "cluster_detection_method": "deactivate"}
     try:
@@ -79,7 +77,7 @@ def join() -> None:
         missing = ", ".join(name for name in BY_HAND if name not in given)
         raise ParallelError(f"--distributed: no cluster is recognised, and {missing} is not set. {HOW}") from error
     atexit.register(_exit_at_once)
-    barrier("joined")  # while all are here: the first meeting has a time limit, later ones have none
+    sync_global_devices("joined")  # while all are here: the first meeting has a time limit, later ones have none
     if not is_main():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (open to the end of the process)
 
@@ -94,7 +92,7 @@ def _exit_at_once() -> None:
 def leave() -> None:
     """End together, once every process has come here."""
     if jax.distributed.is_initialized():
-        barrier("done")
+        sync_global_devices("done")
         jax.distributed.shutdown()
 
 
@@ -103,19 +101,14 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
-def barrier(name: str) -> None:
-    """Wait until every process has come to the barrier of this name."""
-    multihost_utils.sync_global_devices(name)
-
-
 @contextmanager
 def main_first(name: str) -> Iterator[None]:
     """Let the main process do something alone; the others wait here until it is done, then do it too."""
     if not is_main():
-        barrier(name)
+        sync_global_devices(name)
     yield
     if is_main():
-        barrier(name)
+        sync_global_devices(name)
 
 
 def any_process(*flags: bool, meet: bool) -> tuple[bool, ...]:
@@ -124,13 +117,13 @@ def any_process(*flags: bool, meet: bool) -> tuple[bool, ...]:
         return flags
     if not meet:
         return (False,) * len(flags)
-    return tuple(multihost_utils.process_allgather(np.array(flags)).any(axis=0).tolist())
+    return tuple(process_allgather(np.array(flags)).any(axis=0).tolist())
 
 
 def check_equal(**parts: Any) -> None:
     """Raise ParallelError with the names of the parts that are not the same in every process."""
     hashes = np.array([list(hashlib.sha256(repr(part).encode()).digest()) for part in parts.values()], np.uint8)
-    everywhere = multihost_utils.process_allgather(hashes).reshape(-1, *hashes.shape)
+    everywhere = process_allgather(hashes).reshape(-1, *hashes.shape)
     same = (everywhere == everywhere[0]).all(axis=(0, 2))
     differ = [name for name, alike in zip(parts, same, strict=True) if not alike]
     if differ:

@@ -1,10 +1,7 @@
-"""A run: how it starts or goes on from a checkpoint, what is due after a step, and what it writes.
-
-It writes lines of metrics.jsonl, checkpoints and sample grids.
-"""
+"""A run: how it starts or goes on, what is due after a step, and the metrics, checkpoints and grids that it writes."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +19,7 @@ import tracking
 import training
 from dataset import Pictures
 from evaluation import heldout
+from evaluation.scores import spread
 from images import captioned_grid, save_png
 from params import Params
 from pipeline import DiffusionPipeline
@@ -76,19 +74,15 @@ class Run:
     def compile(self, train_step: Callable, *arguments: Any) -> Callable:
         """The program of a training step for arguments of these shapes."""
         print("compiling the training step; the next run reads it from .cache/xla", flush=True)
-        with self.paused():
+        with self.log.paused() if self.log else nullcontext():
             return train_step.lower(*arguments).compile()
-
-    def paused(self) -> AbstractContextManager:
-        """Time that does not count as training."""
-        return self.log.paused() if self.log else nullcontext()
 
     def save(self, state: TrainState, name: str, *, now: bool = False) -> Path:
         """Write a checkpoint: in the background, or before this returns."""
         if self.log:
             epoch = self.step * self.config.B / self.concepts
             about = {**self.about, "epoch": epoch, "step": self.step, "seconds": self.log.seconds}
-            with self.paused():
+            with self.log.paused():
                 self.saver.save(self.output / name, training.to_checkpoint(state), about, now=now)
         return self.output / name
 
@@ -96,7 +90,7 @@ class Run:
         """A grid of the same prompts from the same seeds every time, from the averaged weights."""
         path, prompts = self.grids / f"{name}.png", self.about["prompts"]
         if self.log:
-            with self.paused():
+            with self.log.paused():
                 weights = parallel.unreplicate(state.ema.short)
                 pipeline = DiffusionPipeline.from_weights(self.config, self.encoder, weights)
                 images = pipeline.generate_arrays(prompts, seeds=range(len(prompts)))
@@ -113,7 +107,7 @@ class Run:
         metrics, loss, rate = jax.device_get((state.metrics, loss, rate))
         fault = self.diagnosis(state, metrics, loss) if metrics.streak >= HOPELESS else ""
         if self.log:
-            with self.paused():
+            with self.log.paused():
                 more = self.heldout_loss(parallel.unreplicate(state.ema.short)) if heldout else {}
             line = self.log.write(self.step, metrics, {"learning_rate": rate, **more})
             bar.set_postfix({name: line[name] for name in ("loss", "skipped") if line[name]})
@@ -181,13 +175,8 @@ def start(
 
 def example_prompts(captions: list[str], heldout: list[str]) -> list[str]:
     """Captions for the sample grids, spread over the data: three in four trained on, the others held out."""
-
-    def spread(names: list[str], count: int) -> list[str]:
-        count = min(count, len(names))
-        return [names[i * len(names) // count] for i in range(count)]
-
-    unseen = spread(heldout, SAMPLES // 4)
-    return spread(captions, SAMPLES - len(unseen)) + unseen
+    unseen = [heldout[row] for row in spread(len(heldout), SAMPLES // 4)]
+    return [captions[row] for row in spread(len(captions), SAMPLES - len(unseen))] + unseen
 
 
 def grid_folder(output: Path) -> Path:

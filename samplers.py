@@ -199,13 +199,12 @@ def means_of_u(h: Float[np.ndarray, "n"]) -> tuple[Float[np.ndarray, "n"], Float
 class Solver(NamedTuple):
     solve: Callable
     eta: float  # unless the user says otherwise
-    evaluations: Callable[[int], int] = lambda steps: steps  # of `denoise`
 
 
 SOLVERS = {
     "ddim": Solver(ddim, eta=0.0),
     "ddpm": Solver(ddim, eta=1.0),
-    "heun": Solver(heun, eta=0.0, evaluations=lambda steps: 2 * steps - 1),
+    "heun": Solver(heun, eta=0.0),
     "dpmpp_2m": Solver(dpmpp_2m, eta=0.0),
     "dpmpp_2m_sde": Solver(dpmpp_2m, eta=1.0),
     "dpmpp_3m": Solver(dpmpp_3m, eta=0.0),

@@ -196,7 +196,7 @@ def test_drawing_is_a_solver_over_guided_and_thresholded_estimates(drawer, tiny,
     for t, s in itertools.pairwise(samplers.timesteps(schedule, "trailing", 4).tolist()):
         alpha, sigma = schedule.alpha[t], schedule.sigma[t]
         out = by_hand(noisy, t)[:, None]  # with the caption and without
-        known = {"eps": (noisy - sigma * out) / alpha, "v": alpha * noisy - sigma * out, "x0": out}
+        known = {"eps": (noisy[None] - sigma * out) / alpha, "v": alpha * noisy[None] - sigma * out, "x0": out}
         with_caption, without = known[prediction]
         denoised = jnp.clip(without + 3 * (with_caption - without), -1, 1)
         noise = (noisy - alpha * denoised) / sigma
