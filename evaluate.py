@@ -6,15 +6,13 @@
     python evaluate.py --compare a/results.json b/results.json
 
 Caption accuracy is the share of training captions whose sample is nearer, pixel by pixel, to its own training picture
-than to any other; with the captions shuffled it must fall to chance. A report adds held-out and invented captions,
-distances between samples and real pictures, copies of training pictures, and the loss on held-out pictures; it needs
-matplotlib. Where a checkpoint draws transparency, samples and real pictures are laid on white before anything but the
-loss is measured, so that RGB and RGBA compare.
+than to any other. With the captions shuffled it must fall to chance. A report adds held-out and invented captions,
+distances between samples and real pictures, copies of training pictures, and the loss on held-out pictures. Transparent
+samples and real pictures are laid on white before anything but the loss is measured, so that RGB and RGBA compare.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import re
@@ -109,7 +107,6 @@ class Subject(NamedTuple):
     path: Path
     options: Options
     pipeline: DiffusionPipeline
-    fingerprint: str  # of the pictures
     real: dict[str, Pictures]  # "training", "held-out"
     images: dict[str, np.ndarray]  # theirs on white, uint8 [n, h, w, 1 or 3]
     notes: list[str]  # what a reader must know; grows
@@ -132,7 +129,7 @@ def load(path: Path, options: Options) -> Subject:
     pictures = dataset.from_config(pipeline.config, options.data)
     real = {on: dataset.side(pictures, heldout=on == "held-out") for on in ("training", "held-out")}
     images = {on: on_white(side.images) for on, side in real.items()}
-    subject = Subject(path, options, pipeline, pictures.fingerprint, real, images, [])
+    subject = Subject(path, options, pipeline, real, images, [])
     if pictures.fingerprint != pipeline.about["dataset"]["fingerprint"]:
         subject.note("the pictures are not those that the checkpoint was trained on")
     return subject
@@ -157,15 +154,14 @@ def samples_of(subject: Subject, sets: dict[str, Captions]) -> dict[str, np.ndar
 
     recipe = [subject.pipeline.hash, subject.pipeline.resolved(subject.options.sampling).to_json()]
     samples = {on: [np.zeros((0, *subject.images["training"].shape[1:]), np.uint8)] for on in sets}
-    next_seed = itertools.count(subject.options.seed)
-    with tqdm(total=sum(len(chosen.texts) for chosen in sets.values()), unit="img", disable=None) as bar:
-        for on, chosen in sets.items():
-            for start in range(0, len(chosen.texts), BATCH):
-                texts = chosen.texts[start : start + BATCH]
-                seeds = list(itertools.islice(next_seed, len(texts)))
-                key = json.dumps([*recipe, texts, seeds])
-                samples[on].append(cached("samples", key, partial(sample, subject, texts, seeds))["images"])
-                bar.update(len(texts))
+    starts = [(on, start) for on, chosen in sets.items() for start in range(0, len(chosen.texts), BATCH)]
+    seed = subject.options.seed
+    for on, start in tqdm(starts, unit=" batches", disable=None):
+        texts = sets[on].texts[start : start + BATCH]
+        seeds = list(range(seed, seed + len(texts)))
+        seed += len(texts)
+        key = json.dumps([*recipe, texts, seeds])
+        samples[on].append(cached("samples", key, partial(sample, subject, texts, seeds))["images"])
     return {on: np.concatenate(batches) for on, batches in samples.items()}
 
 
@@ -190,7 +186,7 @@ def losses(subject: Subject) -> tuple[list[Score], dict]:
         same = ema == subject.options.ema
         pipeline = subject.pipeline if same else DiffusionPipeline(subject.path, subject.options.encoder, ema=ema)
         for on, pictures in sets.items():
-            key = json.dumps([pipeline.hash, subject.fingerprint, on, len(pictures.names)])
+            key = json.dumps([pipeline.hash, pictures.fingerprint, on, len(pictures.names)])
             each = cached("losses", key, partial(loss_per_level, pipeline, pictures))["losses"]
             found.append(mean("loss", on, f"{ema} average", per_picture(each, pipeline.config.T)))
             curve = {"mean": each.mean(axis=0), "error": each.std(axis=0, ddof=1) / np.sqrt(len(each))}
@@ -199,10 +195,12 @@ def losses(subject: Subject) -> tuple[list[Score], dict]:
 
 
 def loss_per_level(pipeline: DiffusionPipeline, pictures: Pictures) -> dict[str, np.ndarray]:
+    import dataloader
     from evaluation import heldout
 
-    measure = heldout.build_measure(pipeline.config, pictures.images, pictures.names, pipeline.encoder)
-    return {"losses": measure(pipeline.weights, progress=True)}
+    text = dataloader.encode(pipeline.encoder, pictures.names, pipeline.config.TEXT_LEN)
+    measure = heldout.build_measure(pipeline.config, pictures.images, *text)
+    return {"losses": measure(pipeline.weights)}
 
 
 def pixels(pictures: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -292,7 +290,7 @@ def write_report(subject: Subject, over_time: list[dict]) -> None:
         },
         "config": pipeline.config.to_json(),
         "data": {
-            "fingerprint": subject.fingerprint, "vendor": pipeline.config.vendor,
+            "fingerprint": real["training"].fingerprint, "vendor": pipeline.config.vendor,
             **{on: len(side.names) for on, side in real.items()},
         },
         "sampling": {**pipeline.resolved(options.sampling).to_json(), "seed": options.seed},

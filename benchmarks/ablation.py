@@ -10,7 +10,7 @@ next. Delete the file when training computes something else; other random number
 
 Judged on the averaged weights: the error on held-out pictures, each level's and overall, as the geometric mean of the
 error of the velocity (whatever is predicted, so that runs compare) beside that of the first run on the same questions;
-and caption accuracy: drawings of 128 training captions (c = 2) among the 512 pictures, and their distance to their own.
+and caption accuracy: samples of 128 training captions (c = 2) among the 512 pictures, and their distance to their own.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ from files import replacing
 from params import PRESETS, Params
 
 ROOT = Path(__file__).resolve().parent.parent
-PICTURES, DRAWN = 512, 128
+PICTURES, SAMPLES = 512, 128
 BASE = Params(
     MAX_INDEX=PICTURES, H=32, W=32, encoder="sentence-transformers/all-MiniLM-L6-v2", prediction="v",
     DIM_MULTS=(1, 2), self_attention=(1,), cross_attention=(1,), B=8, learning_rate=4e-4,
@@ -215,6 +215,7 @@ def shown(run: Path) -> dict:
     """Held-out errors and caption accuracy of a run's end."""
     import numpy as np
 
+    import dataloader
     import dataset
     from evaluation import heldout, metrics
     from params import Sampling
@@ -223,13 +224,14 @@ def shown(run: Path) -> dict:
     pipeline = DiffusionPipeline(run / "final")
     config, encoder = pipeline.config, pipeline.encoder
     unseen = dataset.side(dataset.from_config(dataclasses.replace(config, MAX_INDEX=0)), heldout=True)
-    measure = heldout.build_measure(config, unseen.images, unseen.names, encoder)
-    error = np.log(heldout.in_velocity(measure(pipeline.weights), config))
+    text = dataloader.encode(encoder, unseen.names, config.TEXT_LEN)
+    losses = heldout.build_measure(config, unseen.images, *text)(pipeline.weights)
+    error = np.log(in_velocity(losses, heldout.questions(len(losses), config.T), config))
 
     known = dataset.side(dataset.from_config(config), heldout=False)
-    own = np.linspace(0, len(known.names), DRAWN, endpoint=False).astype(int)
-    drawn = pipeline.generate_arrays([known.names[row] for row in own], Sampling(c=2.0), seeds=range(DRAWN))
-    distance = metrics.distances(drawn, known.images)
+    own = np.linspace(0, len(known.names), SAMPLES, endpoint=False).astype(int)
+    samples = pipeline.generate_arrays([known.names[row] for row in own], Sampling(c=2.0), seeds=range(SAMPLES))
+    distance = metrics.distances(samples, known.images)
     rank = metrics.ranks(distance, own)
     with (run / "metrics.jsonl").open() as lines:
         last = json.loads(lines.readlines()[-1])
@@ -239,8 +241,21 @@ def shown(run: Path) -> dict:
         "top1": metrics.top(rank, 1),
         "top5": metrics.top(rank, 5),
         "median_rank": float(np.median(rank) + 1),
-        "own_distance": float(distance[np.arange(DRAWN), own].mean()),
+        "own_distance": float(distance[np.arange(SAMPLES), own].mean()),
     }
+
+
+def in_velocity(losses, t, config: Params):
+    """Losses [n, levels] at steps t, whatever is predicted, as errors of the velocity that the prediction stands for.
+
+    At step t the same error is SNR times as large in the noise as in the clean image, SNR + 1 times in the velocity.
+    """
+    import numpy as np
+
+    import schedule
+
+    alpha, sigma = (np.asarray(part, np.float64)[t] for part in schedule.from_config(config))
+    return losses / {"eps": alpha**2, "v": 1.0, "x0": sigma**2}[config.prediction]
 
 
 def table(results: dict[str, dict]) -> str:

@@ -1,10 +1,9 @@
 """Loss on pictures that training never saw, by noise level: whether a run still learns or only memorizes.
 
 The loss that training reports is of random pictures at random steps, so two of its numbers differ by chance alone. Here
-every picture is diffused once within each level, the equal stretches of 1 … T of `training.LEVELS`, to a step and by
-noise that follow from the picture's place and the level. All checkpoints, and both averages of their weights, are thus
-measured on the very same noisy pictures: what is left of the standard error is the variety of the pictures, and that
-too cancels in the difference of two checkpoints.
+every picture is diffused once within each of the LEVELS, equal stretches of 1 … T. The step and the noise follow from
+the picture's place and the level. So all checkpoints, and both averages of their weights, are measured on the same
+noisy pictures, and the variety of the pictures cancels in the difference of two checkpoints.
 
 The loss of as many training pictures beside it shows the gap that memorization opens: first at low noise, where a
 single picture is still recognisable.
@@ -15,7 +14,7 @@ from functools import cache
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 from tqdm import tqdm
 
 import dataloader
@@ -62,37 +61,27 @@ def build_losses(config: Params) -> Callable[..., Float[Array, "b"]]:
     return losses
 
 
-def loss_per_level(
-    losses: Callable,
-    weights: dict,
+def build_measure(
+    config: Params,
     images: UInt8[np.ndarray, "n h w c"],
     text_emb: Float[np.ndarray, "n l d"],
-    text_mask: np.ndarray,
-    *,
-    T: int,
-    progress: bool = False,
-) -> Float[np.ndarray, "n levels"]:
-    """Loss of each picture at each level; NaN where a level has no step."""
-    n = len(images)
-    steps = questions(n, T).ravel()
-    seeds = np.flatnonzero(steps)  # picture * LEVELS + level: which loss, and the seed of its noise
-    found = np.full(n * LEVELS, np.nan)
-    starts = range(0, len(seeds), BATCH)
-    for start in tqdm(starts, unit=" batches", leave=False, disable=None if progress else True):
-        rows = np.resize(seeds[start : start + BATCH], BATCH)
-        pictures = rows // LEVELS
-        batch = jax.device_put((images[pictures], text_emb[pictures], text_mask[pictures], steps[rows], rows))
-        found[rows] = jax.device_get(losses(weights, *batch))
-    return found.reshape(n, LEVELS)
-
-
-def build_measure(
-    config: Params, images: UInt8[np.ndarray, "n h w c"], names: list[str], encoder: TextEncoder
-) -> Callable[..., Float[np.ndarray, "n levels"]]:
-    """The function measure(weights, progress=False) -> loss of each of these captioned pictures at each level."""
-    text = dataloader.encode(encoder, names, config.TEXT_LEN)
+    text_mask: Bool[np.ndarray, "n l"],
+) -> Callable[[dict], Float[np.ndarray, "n levels"]]:
+    """The function measure(weights) -> loss of each picture at each level; NaN where a level has no step."""
     losses = build_losses(config)
-    return lambda weights, **progress: loss_per_level(losses, weights, images, *text, T=config.T, **progress)
+
+    def measure(weights: dict) -> Float[np.ndarray, "n levels"]:
+        steps = questions(len(images), config.T).ravel()
+        seeds = np.flatnonzero(steps)  # picture * LEVELS + level: which loss, and the seed of its noise
+        found = np.full(len(steps), np.nan)
+        for start in tqdm(range(0, len(seeds), BATCH), unit=" batches", leave=False, disable=None):
+            rows = np.resize(seeds[start : start + BATCH], BATCH)
+            pictures = rows // LEVELS
+            batch = jax.device_put((images[pictures], text_emb[pictures], text_mask[pictures], steps[rows], rows))
+            found[rows] = jax.device_get(losses(weights, *batch))
+        return found.reshape(-1, LEVELS)
+
+    return measure
 
 
 def build_monitor(config: Params, unseen: Pictures, encoder: TextEncoder) -> Callable[[dict], dict[str, float | list]]:
@@ -104,7 +93,8 @@ def build_monitor(config: Params, unseen: Pictures, encoder: TextEncoder) -> Cal
     shape = (config.H, config.W, config.CHANNELS)
     in_memory = unseen.images is not None
     images = unseen.images[rows] if in_memory else np.stack([decoded(unseen.file(row), shape) for row in rows])
-    measure = build_measure(config, images, [unseen.names[row] for row in rows], encoder)
+    text = dataloader.encode(encoder, [unseen.names[row] for row in rows], config.TEXT_LEN)
+    measure = build_measure(config, images, *text)
 
     def monitor(weights: dict) -> dict[str, float | list]:
         each = measure(weights)
@@ -112,17 +102,6 @@ def build_monitor(config: Params, unseen: Pictures, encoder: TextEncoder) -> Cal
         return {"heldout_loss": float(per_picture(each, config.T).mean()), "heldout_loss_per_level": levels}
 
     return monitor
-
-
-def in_velocity(losses: Float[np.ndarray, "n levels"], config: Params) -> Float[np.ndarray, "n levels"]:
-    """Losses of loss_per_level, of whatever prediction, as the error of the velocity that the prediction stands for.
-
-    At step t the same error is SNR times as large in the noise as in the clean image, SNR + 1 times in the velocity.
-    """
-    schedule, t = schedules.from_config(config), questions(len(losses), config.T)
-    alpha, sigma = (np.asarray(part, np.float64)[t] for part in schedule)
-    with np.errstate(divide="ignore"):
-        return losses * {"eps": 1 / alpha**2, "v": np.ones_like(alpha), "x0": 1 / sigma**2}[config.prediction]
 
 
 def per_picture(losses: Float[np.ndarray, "n levels"], T: int) -> Float[np.ndarray, "n"]:

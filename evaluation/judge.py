@@ -33,15 +33,14 @@ MOST = 6000  # pictures that a judge is trained on; of more, every second or thi
 
 @dataclass(frozen=True)
 class Judge:
-    centre: Float[np.ndarray, "d"]
-    support: Float[np.ndarray, "n d"]  # training features, of length 1 and less the centre
+    support: Float[np.ndarray, "n d"]  # training features, of length 1
     scale: float  # s²
     alpha: Float[np.ndarray, "n e"]
     mean: Float[np.ndarray, "e"]  # of the captions
 
     def __call__(self, features: Float[np.ndarray, "m d"]) -> Float[np.ndarray, "m e"]:
         """Where in the captions' space a picture lies."""
-        return self.mean + _kernel(_unit(features) - self.centre, self.support, self.scale) @ self.alpha
+        return self.mean + _kernel(metrics.unit(features), self.support, self.scale) @ self.alpha
 
 
 def train(features: Float[np.ndarray, "n d"], text_emb: Float[np.ndarray, "n e"]) -> Judge:
@@ -49,13 +48,10 @@ def train(features: Float[np.ndarray, "n d"], text_emb: Float[np.ndarray, "n e"]
     if len(features) < 2:
         raise ValueError(f"a judge needs at least 2 pictures, got {len(features)}")
     rows = spread(len(features), MOST)
-    support, text_emb = _unit(features[rows]), np.asarray(text_emb[rows], np.float64)
-    centre, mean = support.mean(0), text_emb.mean(0)
-    support = support - centre
-    scale = max(float((support**2).sum(1).mean()), 1e-12)
-    system = _kernel(support, support, scale)
-    system[np.diag_indices_from(system)] += RIDGE
-    return Judge(centre, support, scale, np.linalg.solve(system, text_emb - mean), mean)
+    support, text_emb = metrics.unit(features[rows]), np.asarray(text_emb[rows], np.float64)
+    scale, mean = max(float(support.var(0).sum()), 1e-12), text_emb.mean(0)
+    system = _kernel(support, support, scale) + RIDGE * np.eye(len(support))
+    return Judge(support, scale, np.linalg.solve(system, text_emb - mean), mean)
 
 
 def embed(encoder: TextEncoder, captions: list[str], length: int) -> Float[np.ndarray, "n e"]:
@@ -107,11 +103,5 @@ def recognition(
     return found
 
 
-def _unit(features: np.ndarray) -> np.ndarray:
-    features = np.asarray(features, np.float64)
-    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
-
-
 def _kernel(a: np.ndarray, b: np.ndarray, scale: float) -> np.ndarray:
-    squared = (a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * a @ b.T
-    return np.exp(-np.maximum(squared, 0) / scale)
+    return np.exp(-metrics.squared_distances(a, b) / scale)

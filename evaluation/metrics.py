@@ -8,7 +8,6 @@ The other measures compare sets of features, one row per picture, of real pictur
     kid                  how far apart the two distributions are, unbiased and with a standard error
     frechet              the same between Gaussian fits; biased upwards for small sets, so only for equal sizes
     precision_recall     share of the samples that look real, share of the real that could have been sampled
-    density_coverage     the same, less sensitive to outliers
     neighbours           which training picture is nearest, and whether the sample is a copy of it
     r_precision          whether a sample is nearer to its own caption than to the others
 
@@ -27,15 +26,20 @@ COPY = 1 / 3  # of the distance to the second nearest training picture (arXiv 25
 TWIN = 0.1  # of the spread: training pictures as near as this to each other count as one
 
 
-class Estimate(NamedTuple):
-    value: float
-    error: float  # standard error
-
-
 class Interval(NamedTuple):
     value: float
     low: float | None = None  # of the 95 % confidence interval; None where no error is known
     high: float | None = None
+
+    @classmethod
+    def around(cls, value: float, error: float) -> "Interval":
+        """The interval of a normal variable with this standard error."""
+        return cls(float(value), float(value - Z * error), float(value + Z * error))
+
+    @property
+    def error(self) -> float | None:
+        """The standard error that the interval stands for."""
+        return None if self.low is None else (self.high - self.low) / (2 * Z)
 
 
 class Neighbours(NamedTuple):
@@ -56,7 +60,7 @@ class Neighbours(NamedTuple):
 def distances(a: Real[np.ndarray, "n *shape"], b: Real[np.ndarray, "m *shape"]) -> Float[np.ndarray, "n m"]:
     """Root mean squared difference of every row of a (a picture, or its features) to every one of b."""
     a, b = (rows.reshape(len(rows), -1).astype(np.float64) for rows in (a, b))
-    return np.sqrt(_squared(a, b) / a.shape[1])
+    return np.sqrt(squared_distances(a, b) / a.shape[1])
 
 
 def ranks(distance: Float[np.ndarray, "n m"], own: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
@@ -79,18 +83,18 @@ def share(hits: Bool[np.ndarray, "n"]) -> Interval:
     return Interval(p, min(p, max(0.0, float(centre - half))), max(p, min(1.0, float(centre + half))))
 
 
-def kid(real: Float[np.ndarray, "n d"], samples: Float[np.ndarray, "m d"]) -> Estimate:
+def kid(real: Float[np.ndarray, "n d"], samples: Float[np.ndarray, "m d"]) -> Interval:
     """Kernel Inception distance: unbiased MMD² with the kernel (x·y / d + 1)³  (Bińkowski et al. 2018, §4).
 
-    The published recipe averages the estimate over random subsets; over all subsets that average is the estimate from
-    the full sample, which is what is computed here. The error is the root of the U-statistic's exact variance, with the
-    moments of Hoeffding's decomposition k(x, y) = mean + row + column + rest put in:
+    The published recipe averages the estimate over random subsets. Over all subsets, that average is the estimate from
+    the full sets, computed here. The error is the root of the U-statistic's exact variance, with the moments of
+    Hoeffding's decomposition k(x, y) = mean + row + column + rest put in:
 
         4 var(g_x) / n + 4 var(g_y) / m  +  2 r_xx / n(n-1) + 2 r_yy / m(m-1) + 4 r_xy / nm
 
     where g_x = E k(x, X) - E k(x, Y) is what a picture contributes by itself and r is the variance of a rest. The first
     two vanish where the distributions agree and are never taken as negative. So the error is right for sets that differ
-    and 10 to 40 % too large for sets of one distribution, where value ± 1.96 error holds 0 in 98 % of cases.
+    and 10 to 40 % too large for sets of one distribution, where the interval holds 0 in 98 % of cases.
     """
     n, m = _check_rows("KID", 4, real=real, samples=samples)
     xx, yy, xy = _kernel(real), _kernel(samples), _kernel(real, samples)
@@ -98,7 +102,7 @@ def kid(real: Float[np.ndarray, "n d"], samples: Float[np.ndarray, "m d"]) -> Es
     own_y = np.var(yy.rows - xy.columns, ddof=1) - yy.rest / (m - 1) - xy.rest / n
     pairs = 2 * xx.rest / (n * (n - 1)) + 2 * yy.rest / (m * (m - 1)) + 4 * xy.rest / (n * m)
     variance = max(4 * own_x / n + 4 * own_y / m, 0) + max(pairs, 0)
-    return Estimate(float(xx.mean + yy.mean - 2 * xy.mean), float(np.sqrt(variance)))
+    return Interval.around(xx.mean + yy.mean - 2 * xy.mean, np.sqrt(variance))
 
 
 class _Kernel(NamedTuple):
@@ -154,44 +158,26 @@ def precision_recall(
     A ball reaches from a picture to its k-th nearest neighbour of the same set.
     """
     _check_rows(f"precision and recall with k = {k}", k + 1, real=real, samples=samples)
-    (in_real, _), (in_samples, _) = _in_balls(samples, real, k), _in_balls(real, samples, k)
-    return float((in_real > 0).mean()), float((in_samples > 0).mean())
+    return _share_in_balls(samples, real, k), _share_in_balls(real, samples, k)
 
 
-def density_coverage(
-    real: Float[np.ndarray, "n d"], samples: Float[np.ndarray, "m d"], *, k: int = 5
-) -> tuple[float, float]:
-    """Mean number of real balls around a sample over k, share of real balls that hold a sample  (Naeem et al. 2020).
-
-    Density may exceed 1. Where the distributions agree it is 1 on average, and coverage is
-    1 - (n-1)...(n-k) / (n+m-1)...(n+m-k), about 1 - 2^-k for equally many.
-    """
-    _check_rows(f"density and coverage with k = {k}", k + 1, real=real)
-    _check_rows("density and coverage", 1, samples=samples)
-    per_sample, per_ball = _in_balls(samples, real, k)
-    return float(per_sample.mean() / k), float((per_ball > 0).mean())
-
-
-def _in_balls(points: np.ndarray, centres: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """In how many balls each point lies, and how many points the ball around each centre holds."""
+def _share_in_balls(points: np.ndarray, centres: np.ndarray, k: int) -> float:
+    """Share of the points that lie in the ball of any centre, which reaches to the k-th nearest other centre."""
     points, centres = (np.asarray(features, np.float64) for features in (points, centres))
-    radius = np.empty(len(centres))
+    radius, inside = np.empty(len(centres)), np.empty(len(points), bool)
     for block in _blocks(len(centres)):
-        radius[block] = np.partition(_squared(centres[block], centres), k, axis=1)[:, k]  # the 0-th is itself
-    per_point, per_ball = np.empty(len(points), int), np.zeros(len(centres), int)
+        radius[block] = np.partition(squared_distances(centres[block], centres), k, axis=1)[:, k]  # the 0-th is itself
     for block in _blocks(len(points)):
-        inside = _squared(points[block], centres) <= radius[None, :]
-        per_point[block] = inside.sum(1)
-        per_ball += inside.sum(0)
-    return per_point, per_ball
+        inside[block] = (squared_distances(points[block], centres) <= radius[None, :]).any(axis=1)
+    return float(inside.mean())
 
 
 def neighbours(samples: Float[np.ndarray, "n d"], training: Float[np.ndarray, "m d"]) -> Neighbours:
     """The nearest training picture of each sample, and the nearest of those that differ from that.
 
-    A picture that is twice in the training set (the flags of France and St. Martin) would be its own second neighbour
-    and hide every copy of itself behind d1 / d2 = 1. So training pictures no further from the first neighbour than TWIN
-    times the spread, the root mean squared distance from the mean, are passed over.
+    A picture that is twice in the training set (the flags of France and St. Martin) would hide every copy of itself
+    behind d1 / d2 = 1. So training pictures no further from the first neighbour than TWIN times the spread (the root
+    mean squared distance from the mean) are passed over.
     """
     _check_rows("nearest neighbours", 1, samples=samples)
     _check_rows("nearest neighbours", 2, training=training)
@@ -199,9 +185,9 @@ def neighbours(samples: Float[np.ndarray, "n d"], training: Float[np.ndarray, "m
     twin = TWIN**2 * training.var(0).sum()
     index, distance = np.empty((len(samples), 2), int), np.empty((len(samples), 2))
     for block in _blocks(len(samples)):
-        squared = _squared(samples[block], training)
+        squared = squared_distances(samples[block], training)
         first = squared.argmin(1)
-        squared[_squared(training[first], training) <= twin] = np.inf
+        squared[squared_distances(training[first], training) <= twin] = np.inf
         second = squared.argmin(1)
         if np.isinf(squared.min(1)).any():
             raise ValueError("nearest neighbours need 2 different training pictures; all of these look the same")
@@ -219,9 +205,20 @@ def r_precision(
     """
     _check_rows("R-precision", 1, picture_emb=picture_emb)
     _check_rows(f"R-precision with k = {k}", k + 1, text_emb=text_emb)
-    pair = (np.asarray(emb, np.float64) for emb in (picture_emb, text_emb))
-    picture, text = (emb / np.maximum(np.linalg.norm(emb, axis=1, keepdims=True), 1e-30) for emb in pair)
-    return ranks(-picture @ text.T, own) < k
+    return ranks(-unit(picture_emb) @ unit(text_emb).T, own) < k
+
+
+def unit(rows: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
+    """Rows in float64, scaled to length 1."""
+    rows = np.asarray(rows, np.float64)
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
+
+
+def squared_distances(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]) -> Float[np.ndarray, "n m"]:
+    """Squared distances of all pairs; those that are only rounding of |a|² + |b|² - 2 a·b are 0."""
+    lengths = (a**2).sum(1)[:, None] + (b**2).sum(1)[None, :]
+    squared = lengths - 2 * a @ b.T
+    return np.where(squared < 1e-12 * lengths, 0, squared)
 
 
 def _check_rows(what: str, needed: int, **sets: np.ndarray) -> list[int]:
@@ -236,10 +233,3 @@ def _check_rows(what: str, needed: int, **sets: np.ndarray) -> list[int]:
 
 def _blocks(n: int) -> Iterator[slice]:
     return (slice(start, start + BLOCK) for start in range(0, n, BLOCK))
-
-
-def _squared(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Squared distances of all pairs; those that are only rounding of |a|² + |b|² - 2 a·b are 0."""
-    lengths = (a**2).sum(1)[:, None] + (b**2).sum(1)[None, :]
-    squared = lengths - 2 * a @ b.T
-    return np.where(squared < 1e-12 * lengths, 0, squared)

@@ -8,9 +8,9 @@ then compared caption by caption, and the variety of the captions, most of the e
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
@@ -58,34 +58,21 @@ def beyond(score: Score | None, which: Literal["shuffled", "real"]) -> bool:
     return score.value.low > (other.value if other.high is None else other.high)
 
 
-class Difference(NamedTuple):
-    value: float
-    error: float | None  # standard error; None where it is not known
+def difference(a: Score, b: Score, *, paired: bool) -> float:
+    """b - a, or 0 where chance makes a difference as large as that in more than 5 % of cases.
 
-    @property
-    def beyond(self) -> bool:
-        """Whether it is larger than chance makes it in 95 % of cases."""
-        return self.error is not None and abs(self.value) > Z * self.error
-
-    def verdict(self, wanted: Literal["higher", "lower"]) -> str:
-        """better or worse, or "" where the difference may be chance."""
-        return "" if not self.beyond else "better" if (self.value > 0) == (wanted == "higher") else "worse"
-
-
-def difference(a: Score, b: Score, *, paired: bool) -> Difference:
-    """b - a: paired, caption by caption, where both keep the single values; else as of independent samples.
-
-    Paired shares have one caption won and one lost added: a few captions that all went one way would else show no
-    error at all (Bonett & Price 2012).
+    paired: compare caption by caption where both keep the single values, else as independent samples. Paired shares
+    have one caption won and one lost added, without which a few captions that all went one way would show no error at
+    all (Bonett & Price 2012).
     """
     if paired and a.each and len(a.each) == len(b.each):
         each = np.append(np.subtract(b.each, a.each), [1, -1] if a.share else [])
-        return Difference(float(each.mean()), float(each.std(ddof=1) / math.sqrt(len(each))))
-    value = b.value.value - a.value.value
-    if a.value.low is None or b.value.low is None:
-        return Difference(value, None)
-    errors = [(score.value.high - score.value.low) / (2 * Z) for score in (a, b)]
-    return Difference(value, math.hypot(*errors))
+        value, error = float(each.mean()), each.std(ddof=1) / math.sqrt(len(each))
+    elif a.value.error is None or b.value.error is None:
+        return 0.0
+    else:
+        value, error = b.value.value - a.value.value, math.hypot(a.value.error, b.value.error)
+    return value if abs(value) > Z * error else 0.0
 
 
 def rate(name: str, on: str, by: str, hits: np.ndarray, *, exchanged=None, real=None, better="higher") -> Score:
@@ -96,20 +83,12 @@ def rate(name: str, on: str, by: str, hits: np.ndarray, *, exchanged=None, real=
 
 def mean(name: str, on: str, by: str, values: np.ndarray, *, real=None, better="lower") -> Score:
     """A mean over pictures, beside that of real pictures."""
-
-    def interval(values: np.ndarray) -> Interval:
-        if len(values) < 2:
-            raise ValueError(f"{name} needs at least 2 pictures, got {len(values)}")
-        return _interval(float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(len(values))))
-
-    floor = None if real is None else interval(real)
-    return Score(
-        name, on, by, interval(values), real=floor, better=better, n=len(values), each=tuple(map(float, values))
+    if len(values) < 2:
+        raise ValueError(f"{name} needs at least 2 pictures, got {len(values)}")
+    value, floor = (
+        None if v is None else Interval.around(np.mean(v), np.std(v, ddof=1) / np.sqrt(len(v))) for v in (values, real)
     )
-
-
-def _interval(value: float, error: float) -> Interval:
-    return Interval(value, value - Z * error, value + Z * error)
+    return Score(name, on, by, value, None, floor, better, False, len(values), tuple(map(float, values)))
 
 
 def shuffled(own: Sequence[int]) -> np.ndarray:
@@ -128,46 +107,46 @@ def spread(n: int, most: int) -> np.ndarray:
 def words_and_copies(
     by: str, samples: dict[str, np.ndarray], real: dict[str, np.ndarray], own: Sequence[int]
 ) -> tuple[list[Score], dict[str, metrics.Neighbours]]:
-    """Caption accuracy and copies by features [n, d], and the training pictures nearest to the samples of each set."""
-    near = {on: metrics.neighbours(rows, real["training"]) for on, rows in samples.items() if len(rows)}
-    floor = metrics.neighbours(real["held-out"], real["training"]) if len(real["held-out"]) else None
-    return [*accuracy(by, samples["training"], real["training"], own), *copies(by, near, floor)], near
+    """Caption accuracy and copies by features [n, d], and the training pictures nearest to the samples of each set.
 
-
-def accuracy(by: str, samples: np.ndarray, training: np.ndarray, own: Sequence[int]) -> Iterator[Score]:
-    """Whether the nearest training picture, or one of the nearest five, is the caption's own."""
-    distance = metrics.distances(samples, training)
+    Caption accuracy: is the nearest training picture, or one of the nearest five, the caption's own? A sample with
+    d1 / d2 < 1/3 is a near-exact copy. That rule misses a copy whose colours guidance has changed, or that has
+    look-alikes among the training pictures; there the mean of d1 / d2 falls below that of real held-out pictures.
+    """
+    training, unseen, found = real["training"], real["held-out"], []
+    distance = metrics.distances(samples["training"], training)
     rank, other = (metrics.ranks(distance, np.asarray(rows)) for rows in (own, shuffled(own)))
     for k in (1, 5):
-        yield rate(f"caption accuracy, top {k}", "training", by, rank < k, exchanged=other < k)
+        found.append(rate(f"caption accuracy, top {k}", "training", by, rank < k, exchanged=other < k))
+    near = {on: metrics.neighbours(rows, training) for on, rows in samples.items() if len(rows)}
+    floor = metrics.neighbours(unseen, training) if len(unseen) else None
+    for on, its in near.items():
+        found.append(rate("copy rate", on, by, its.copied, real=floor and floor.copied, better="lower"))
+        if len(its.ratio) > 1:
+            ratio = floor.ratio if len(unseen) > 1 else None
+            found.append(mean("d1/d2", on, by, its.ratio, real=ratio, better="higher"))
+    return found, near
 
 
-def copies(by: str, near: dict[str, metrics.Neighbours], real: metrics.Neighbours | None) -> Iterator[Score]:
-    """The copy rate and the mean d1 / d2 of each set of samples beside those of real held-out pictures.
-
-    The rule d1 / d2 < 1/3 finds near-exact copies. It misses one whose colours guidance has changed, or that has
-    look-alikes among the training pictures; there the mean falls below that of real pictures.
-    """
-    for on, found in near.items():
-        yield rate("copy rate", on, by, found.copied, real=real and real.copied, better="lower")
-        if len(found.index) > 1:
-            floor = real.ratio if real and len(real.index) > 1 else None
-            yield mean("d1/d2", on, by, found.ratio, real=floor, better="higher")
-
-
-def realism(by: str, on: str, samples: np.ndarray, own: np.ndarray, other: np.ndarray) -> Iterator[Score]:
+def realism(by: str, on: str, samples: np.ndarray, own: np.ndarray, other: np.ndarray) -> list[Score]:
     """Distances between sets of features: the samples against the real pictures of the other side of the split.
 
     Samples of held-out captions are compared with the training pictures, those of training captions with the held-out
     ones, so that none meets the very picture that was trained on. `real` is the same with the captions' own pictures
     for the samples: equally many, of the same things, against the same set, so both have the bias of small sets.
     """
-    values = [_interval(*metrics.kid(other, features)) for features in (samples, own)]
-    yield Score("KID", on, by, values[0], real=values[1], better="lower", n=len(samples))
-    values = [Interval(metrics.frechet(other, features)) for features in (samples, own)]
-    yield Score("Fréchet distance", on, by, values[0], real=values[1], better="lower", n=len(samples))
-    pairs = (("precision", "recall"), metrics.precision_recall), (("density", "coverage"), metrics.density_coverage)
-    for names, measure in pairs:
-        for name, value, real in zip(names, measure(other, samples), measure(other, own), strict=True):
-            share = name != "density"  # which may exceed 1
-            yield Score(name, on, by, Interval(value), real=Interval(real), share=share, n=len(samples))
+
+    def measured(features: np.ndarray) -> dict[str, Interval]:
+        precision, recall = metrics.precision_recall(other, features)
+        distances = {
+            "KID": metrics.kid(other, features),
+            "Fréchet distance": Interval(metrics.frechet(other, features)),
+        }
+        return {**distances, "precision": Interval(precision), "recall": Interval(recall)}
+
+    found, real, n = [], measured(own), len(samples)
+    for name, value in measured(samples).items():
+        share = name in ("precision", "recall")
+        better = "higher" if share else "lower"
+        found.append(Score(name, on, by, value, real=real[name], better=better, share=share, n=n))
+    return found

@@ -5,7 +5,7 @@ model can do that, so one that cannot has a fault that no longer run will mend. 
 
     loss        with the captions shuffled, the pictures must be harder to denoise than with their own, at high noise,
                 where the picture itself is hardly visible
-    drawings    a sample for each caption, all from the same noise, must be nearest to the caption's own picture
+    samples     a sample for each caption, all from the same noise, must be nearest to the caption's own picture
 
 From one noise only the captions can tell the samples apart: a network that ignores them makes one picture n times.
 Training step, data and sampler are those of a real run; only the batch and the warm-up are shorter.
@@ -47,36 +47,32 @@ class Losses(NamedTuple):
     ratio: float  # how many times as large it is at high noise with the captions shuffled
 
 
-class Evidence(NamedTuple):
+class Verdict(NamedTuple):
+    """What was seen; and once that is judged, what it says of code, data and configuration."""
+
     pictures: int
     steps: int
     skipped: int  # of the steps, because they were not finite
     seconds: float
     before: Losses
     after: Losses
-    nearest: tuple[int, int] | None  # samples nearest to their own picture, and to another's; None: loss did not fall
-    alike: bool  # whether all captions have the same embedding
-
-
-class Verdict(NamedTuple):
-    outcome: Literal["PASS", "FAIL", "UNDECIDED"]
-    why: str  # in plain words, with what to look at
-    evidence: Evidence
+    own: int = 0  # samples nearest to their own picture; none are made where the loss did not fall
+    other: int = 0  # the same with captions shuffled
+    alike: bool = False  # whether all captions have the same embedding
+    outcome: Literal["PASS", "FAIL", "UNDECIDED", ""] = ""
+    why: str = ""  # in plain words, with what to look at
 
     def __str__(self) -> str:
-        n, steps, _, seconds, before, after, nearest, _ = self.evidence
-        lines = [
-            f"{n} pictures, {steps} steps, {seconds:.0f} s",
-            f"loss            {before.loss:.3f} → {after.loss:.3f}",
-            f"at high noise   {after.ratio:.2f} times as large with captions shuffled",
-        ]
-        if nearest:
-            own, other = (f"{count} of {n}" for count in nearest)
-            lines.append(f"drawings        {own} nearest to their own picture, {other} with captions shuffled")
-        return "\n".join([*lines, f"{self.outcome}: {self.why}"])
+        return (
+            f"{self.pictures} pictures, {self.steps} steps, {self.seconds:.0f} s\n"
+            f"loss            {self.before.loss:.3f} → {self.after.loss:.3f}\n"
+            f"at high noise   {self.after.ratio:.2f} times as large with captions shuffled\n"
+            f"samples         {self.own} nearest to their own picture, {self.other} with captions shuffled\n"
+            f"{self.outcome}: {self.why}"
+        )
 
 
-def pick(images: UInt8[np.ndarray, "n h w c"], captions: Sequence[str], most: int = PICTURES) -> list[int]:
+def pick(images: UInt8[np.ndarray, "n h w c"], captions: Sequence[str], most: int) -> list[int]:
     """Rows of at most `most` pictures, no caption twice, each as far as can be from those picked before it."""
     first = {captions[row].casefold(): row for row in spread(len(captions), CANDIDATES)[::-1]}
     rows = np.sort(list(first.values()))
@@ -91,7 +87,7 @@ def pick(images: UInt8[np.ndarray, "n h w c"], captions: Sequence[str], most: in
 def self_test(config: Params, pictures: Pictures, encoder: TextEncoder, *, seconds: float = SECONDS) -> Verdict:
     """Learn a few of the pictures by heart, and judge; DatasetError where there are fewer than two to tell apart."""
     start = time.perf_counter()
-    pictures = select(pictures, pick(pictures.images, pictures.names))
+    pictures = select(pictures, pick(pictures.images, pictures.names, PICTURES))
     images, captions, n = pictures.images, pictures.names, len(pictures.names)
     if n < 2:
         raise DatasetError(
@@ -126,27 +122,27 @@ def self_test(config: Params, pictures: Pictures, encoder: TextEncoder, *, secon
                 bar.set_postfix(loss=f"{after.loss:.3f}", shuffled=f"{after.ratio:.1f} times")
 
     state = state._replace(ema=update_averages(state.ema, state.weights, state.step))
-    after, nearest = measure(state.ema.short), None
+    after, own, other = measure(state.ema.short), 0, 0
     if after.loss < FELL * before.loss:
         pipeline = DiffusionPipeline.from_weights(config, encoder, parallel.unreplicate(state.ema.short))
-        samples = pipeline.generate_arrays(captions, Sampling(c=1.0), seeds=0)
-        distance = metrics.distances(samples, images)  # [samples, pictures]
+        distance = metrics.distances(pipeline.generate_arrays(captions, Sampling(c=1.0), seeds=0), images)
         own, other = (int((metrics.ranks(distance, rows) == 0).sum()) for rows in (np.arange(n), shuffled(range(n))))
-        nearest = own, other
     alike, skipped = bool((text[0] == text[0][:1]).all()), int(state.metrics.skipped)
-    return judge(config, Evidence(n, steps, skipped, time.perf_counter() - start, before, after, nearest, alike))
+    seen = Verdict(n, steps, skipped, time.perf_counter() - start, before, after, own, other, alike)
+    return judge(config, seen)
 
 
 def build_measure(config: Params, images: np.ndarray, text: tuple) -> Callable[[dict], Losses]:
     """The function measure(weights) -> Losses of these pictures."""
-    losses = heldout.build_losses(config)
     high = np.flatnonzero(heldout.questions(1, config.T)[0])[-3:]  # levels
-    other = tuple(part[shuffled(range(len(images)))] for part in text)
+    others = (part[shuffled(range(len(images)))] for part in text)
+    measure_own = heldout.build_measure(config, images, *text)
+    measure_shuffled = heldout.build_measure(config, images, *others)
 
     def measure(weights: dict) -> Losses:
         weights = parallel.unreplicate(weights)
-        own, exchanged = (heldout.loss_per_level(losses, weights, images, *t, T=config.T) for t in (text, other))
-        loss, ratio = heldout.per_picture(own, config.T).mean(), exchanged[:, high].mean() / own[:, high].mean()
+        own, other = measure_own(weights), measure_shuffled(weights)
+        loss, ratio = heldout.per_picture(own, config.T).mean(), other[:, high].mean() / own[:, high].mean()
         return Losses(float(loss), float(ratio))
 
     return measure
@@ -159,55 +155,53 @@ def done(steps: int, before: Losses, after: Losses) -> bool:
     return steps >= MOST or stuck or (share < FELL and after.ratio > STEERED)
 
 
-def judge(config: Params, evidence: Evidence) -> Verdict:
-    """What the evidence says of code, data and configuration, the surest fault first."""
-    n, steps, skipped, _, before, after, nearest, alike = evidence
-    own, other = nearest or (0, 0)
-    loss = f"loss {before.loss:.2f} → {after.loss:.2f}"
-    steered = after.ratio > STEERED
-    if own > max(n / 2, other) and after.ratio > NOTICED:
-        outcome = "PASS"
-        why = (
+def judge(config: Params, seen: Verdict) -> Verdict:
+    """The outcome and why: the first case that holds."""
+    n, steps, skipped, _, before, after, own, other, alike, *_ = seen
+    fell, noticed, steered = after.loss < FELL * before.loss, after.ratio > NOTICED, after.ratio > STEERED
+    loss, rate = f"loss {before.loss:.2f} → {after.loss:.2f}", f"--learning_rate = {config.learning_rate:g}"
+    cause = f"look at --encoder {config.encoder}, --cross_attention, and changes to model.py"
+    if config.embedding_dropout > 0.5:
+        cause = f"--embedding_dropout = {config.embedding_dropout:g} hides them from training: 0.1 is usual"
+    if alike:
+        cause = f"the encoder {config.encoder} gives all of them the same numbers: take another --encoder"
+    cases = [
+        (
+            noticed and own > max(n / 2, other), "PASS",
             f"the code learns, and text steers the picture ({own} of {n}, shuffled {other} of {n}; {loss}). If a run "
-            "does not learn, look at its data (python prepare_dataset.py --check), --learning_rate and length"
-        )
-    elif skipped > steps / 2:
-        outcome = "FAIL"
-        why = (
-            f"{skipped} of {steps} steps were not finite and changed nothing. Lower --learning_rate = "
-            f"{config.learning_rate:g}; if that does not help, the captions' embeddings or the pictures hold NaN"
-        )
-    elif steps < ENOUGH and not (nearest and steered):
-        outcome = "UNDECIDED"
-        why = (
+            "does not learn, look at its data (python prepare_dataset.py --check), --learning_rate and length",
+        ),
+        (
+            skipped > steps / 2, "FAIL",
+            f"{skipped} of {steps} steps were not finite and changed nothing. Lower {rate}; if that does not help, the "
+            "captions' embeddings or the pictures hold NaN",
+        ),
+        (
+            steps < ENOUGH and not (fell and steered), "UNDECIDED",
             f"only {steps} steps fit into two minutes on this machine ({loss}); {ENOUGH} would say more. Close other "
-            "programs, or take a smaller network: python train.py quick --self_test"
-        )
-    elif not nearest:
-        outcome = "FAIL"
-        why = (
-            f"the loss did not fall ({loss} in {steps} steps). Look at --learning_rate = {config.learning_rate:g} "
-            f"(2e-4 to 1e-3 is usual) and --clip = {config.clip:g}; if both are usual, a change to model.py, "
-            "schedule.py or training.py broke learning: python -m pytest says where"
-        )
-    elif not after.ratio > NOTICED and own <= 1:  # one of n, where all samples are the same
-        cause = f"look at --encoder {config.encoder}, --cross_attention, and changes to model.py"
-        if config.embedding_dropout > 0.5:
-            cause = f"--embedding_dropout = {config.embedding_dropout:g} hides them from training: 0.1 is usual"
-        if alike:
-            cause = f"the encoder {config.encoder} gives all of them the same numbers: take another --encoder"
-        outcome, why = "FAIL", f"the loss fell ({loss}), but captions do not matter; {cause}"
-    elif steered:
-        outcome = "FAIL"
-        why = (
-            f"the loss fell ({loss}) and captions matter to it, but the drawings do not show them ({own} of {n}). "
-            "Training is right, sampling is not: look at changes to samplers.py, guidance.py and sampling.py"
-        )
-    else:
-        outcome = "UNDECIDED"
-        why = (
-            f"captions begin to matter, but {steps} steps were too few for drawings that show it ({own} of {n}; "
-            f"{loss}). Raise --learning_rate, or train a while and ask python evaluate.py. "
-            "A network that predicts eps needs several times the steps of one that predicts v"
-        )
-    return Verdict(outcome, why, evidence)
+            "programs, or take a smaller network: python train.py quick --self_test",
+        ),
+        (
+            not fell, "FAIL",
+            f"the loss did not fall ({loss} in {steps} steps). Look at {rate} (2e-4 to 1e-3 is usual) and --clip = "
+            f"{config.clip:g}; if both are usual, a change to model.py, schedule.py or training.py broke learning: "
+            "python -m pytest says where",
+        ),
+        (
+            not noticed and own <= 1, "FAIL",  # one of n, where all samples are the same
+            f"the loss fell ({loss}), but captions do not matter; {cause}",
+        ),
+        (
+            steered, "FAIL",
+            f"the loss fell ({loss}) and captions matter to it, but the samples do not show them ({own} of {n}). "
+            "Training is right, sampling is not: look at changes to samplers.py, guidance.py and sampling.py",
+        ),
+        (
+            True, "UNDECIDED",
+            f"captions begin to matter, but {steps} steps were too few for samples that show it ({own} of {n}; "
+            f"{loss}). Raise --learning_rate, or train a while and ask python evaluate.py. A network that predicts eps "
+            "needs several times the steps of one that predicts v",
+        ),
+    ]  # fmt: skip
+    outcome, why = next((outcome, why) for holds, outcome, why in cases if holds)
+    return seen._replace(outcome=outcome, why=why)

@@ -5,7 +5,11 @@ import json
 import math
 
 import ablation
+import jax.numpy as jnp
+import numpy as np
 import pytest
+
+import schedule
 
 
 def measured(shift):
@@ -21,6 +25,22 @@ def rows(names):
     configs = ablation.configs(1)
     each = {name: {"config": configs[name].to_json(), **measured(shift)} for name, shift in names.items()}
     return json.loads(json.dumps(each))
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+def test_errors_compare_as_those_of_the_velocity(tiny, prediction):
+    config = dataclasses.replace(tiny, prediction=prediction)
+    noise_schedule, t = schedule.from_config(config), jnp.array([1, 17, 50])
+    image, noise, mistake = jnp.asarray(np.random.default_rng(0).normal(size=(3, 3, 4, 5, 2)), jnp.float32)
+    noisy = schedule.add_noise(noise_schedule, image, noise, t)
+    v = schedule.target(noise_schedule, image, noise, t, "v") + mistake
+    denoised = schedule.denoised_from_v(noise_schedule, noisy, v, t)
+    eps = schedule.eps_from_denoised(noise_schedule, noisy, denoised, t)
+    right, predicted = (noise, image, v - mistake), (eps, denoised, v)
+    of = ["eps", "x0", "v"].index(prediction)
+    losses = np.mean((predicted[of] - right[of]) ** 2, axis=(1, 2, 3))
+    expected = np.mean(mistake**2, axis=(1, 2, 3))
+    np.testing.assert_allclose(ablation.in_velocity(losses, t, config), expected, rtol=1e-3)
 
 
 def test_only_the_network_decides_the_pace():

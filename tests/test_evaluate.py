@@ -117,13 +117,15 @@ def test_losses_are_the_errors_of_the_prediction_at_steps_and_noise_of_their_own
     text = random.normal(size=(11, 7, 4)).astype(np.float32), random.random((11, 7)) < 0.5
     graphdef, state = nnx.split(Weighing())
     tree = jax.tree.map(lambda _: jnp.asarray(weights), nnx.to_pure_dict(state))
+    config = dataclasses.replace(tiny, prediction=prediction)
     monkeypatch.setattr(heldout, "network", lambda config, weights: nnx.merge(graphdef, nnx.State(weights)))
-    measure = heldout.build_losses.__wrapped__(dataclasses.replace(tiny, prediction=prediction))
+    monkeypatch.setattr(heldout, "build_losses", heldout.build_losses.__wrapped__)
+    measure = heldout.build_measure(config, images, *text)
     with sealed():
-        found = heldout.loss_per_level(measure, tree, images, *text, T=50)
+        found = measure(tree)
     expected = losses_by_hand(weights, images, text, heldout.questions(11, 50), prediction)
     np.testing.assert_allclose(found, expected, rtol=1e-4)
-    alone = heldout.loss_per_level(measure, tree, images[:3], *(part[:3] for part in text), T=50)
+    alone = heldout.build_measure(config, images[:3], *(part[:3] for part in text))(tree)
     np.testing.assert_array_equal(alone, found[:3])
 
 
@@ -144,17 +146,19 @@ def test_paired_differences_see_what_independent_ones_cannot():
     random = np.random.default_rng(0)
     pictures = random.normal(10, 5, 50)
     a, b = scores.mean("loss", "held-out", "short", pictures), scores.mean("loss", "held-out", "short", pictures - 0.1)
-    assert not difference(a, b, paired=False).beyond
-    assert difference(a, b, paired=True).beyond
-    assert difference(a, b, paired=True).value == pytest.approx(-0.1)
-    assert difference(a, b, paired=True).verdict("lower") == "better"
-    assert difference(b, a, paired=True).verdict("lower") == "worse"
+    assert difference(a, b, paired=False) == 0
+    assert difference(a, b, paired=True) == pytest.approx(-0.1)
+    assert difference(b, a, paired=True) == pytest.approx(0.1)
+    run = whole_results()
+    assert report.mark(run, run, a, b) == "better"
+    assert report.mark(run, run, b, a) == "worse"
+    assert report.mark(run, whole_results(data={"fingerprint": "1"}), a, b) == ""
 
 
 @pytest.mark.parametrize(("won", "marked"), [(0, False), (1, False), (4, False), (8, True)])
 def test_a_few_questions_won_are_no_difference(won, marked):
     a, b = share_of([False] * 64), share_of([True] * won + [False] * (64 - won))
-    assert difference(a, b, paired=True).beyond == marked
+    assert bool(difference(a, b, paired=True)) == marked
 
 
 def whole_results(**fields):
@@ -185,7 +189,7 @@ def test_equal_runs_are_marked_in_one_of_twenty_comparisons():
     random = np.random.default_rng(0)
     for paired in (True, False):
         marked = [
-            difference(share_of(random.random(100) < 0.2), share_of(random.random(100) < 0.2), paired=paired).beyond
+            difference(share_of(random.random(100) < 0.2), share_of(random.random(100) < 0.2), paired=paired) != 0
             for _ in range(2000)
         ]
         assert 0.02 < np.mean(marked) < 0.07
@@ -474,7 +478,7 @@ def test_from_a_run_to_the_page_and_beside_another(call, monkeypatch):
     assert "new/a/report.html written" in said
     results = report.read(Path("new/a/results.json"))
     names = {score.name for score in results["scores"]}
-    assert {"KID", "Fréchet distance", "R-precision, top 5", "copy rate", "loss", "recall", "coverage"} <= names
+    assert {"KID", "Fréchet distance", "R-precision, top 5", "copy rate", "loss", "recall"} <= names
     assert {score.by for score in results["scores"] if score.name == "KID"} == {"corners"}
     assert all(score.real for score in results["scores"] if score.name in ("KID", "copy rate", "R-precision, top 1"))
     assert results["notes"] == []

@@ -76,9 +76,9 @@ def test_kid_is_the_unbiased_estimate_of_scikit_learns_kernel(n, m):
 def test_kid_is_what_random_subsets_average_to():
     real, samples = features(60, 5), features(70, 5, 0.5)
     subsets = [
-        unbiased_mmd(RANDOM.permutation(real)[:20], RANDOM.permutation(samples)[:20]) for _ in range(2000)
+        unbiased_mmd(RANDOM.permutation(real)[:20], RANDOM.permutation(samples)[:20]) for _ in range(500)
     ]  # the published recipe
-    assert abs(np.mean(subsets) - metrics.kid(real, samples).value) < 4 * np.std(subsets) / 2000**0.5
+    assert abs(np.mean(subsets) - metrics.kid(real, samples).value) < 4 * np.std(subsets) / 500**0.5
 
 
 def test_kid_of_two_halves_of_one_set_covers_0_as_often_as_its_error_says():
@@ -92,7 +92,7 @@ def test_kid_of_two_halves_of_one_set_covers_0_as_often_as_its_error_says():
 
 
 @pytest.mark.parametrize(("n", "m", "shift"), [(60, 60, 0.0), (40, 90, 0.3), (90, 40, 1.0)])
-def test_the_error_of_kid_is_the_spread_of_its_values_over_fresh_draws(n, m, shift):
+def test_the_error_of_kid_is_the_spread_of_its_values_over_fresh_samples(n, m, shift):
     samples = [metrics.kid(features(n, 8), features(m, 8, shift)) for _ in range(500)]
     spread = np.std([estimate.value for estimate in samples])
     typical = np.sqrt(np.mean([estimate.error**2 for estimate in samples]))
@@ -128,43 +128,29 @@ def radius(x, k):
 
 
 @pytest.mark.parametrize("k", [1, 3, 5])
-def test_precision_recall_density_and_coverage_are_those_of_scikit_learns_neighbours(k):
+def test_precision_and_recall_are_those_of_scikit_learns_neighbours(k):
     real, samples = features(1100, 4), features(90, 4, 0.5)
     apart = pairwise.euclidean_distances(real, samples)
     in_real, in_samples = apart <= radius(real, k)[:, None], apart <= radius(samples, k)[None, :]
     expected = in_real.any(0).mean(), in_samples.any(1).mean()
     np.testing.assert_allclose(metrics.precision_recall(real, samples, k=k), expected)
-    expected = in_real.sum() / (k * len(samples)), in_real.any(1).mean()
-    np.testing.assert_allclose(metrics.density_coverage(real, samples, k=k), expected)
 
 
-def test_a_dropped_mode_costs_recall_and_coverage_but_no_precision():
+def test_a_dropped_mode_costs_recall_but_no_precision():
     left, right = features(200, 3), features(200, 3) + 100
     both, samples = np.concatenate([left, right]), features(200, 3)
     precision, recall = metrics.precision_recall(both, samples)
-    density, coverage = metrics.density_coverage(both, samples)
     assert precision > 0.9
     assert 0.4 < recall <= 0.5
-    assert 0.9 < density < 1.3
-    assert 0.4 < coverage <= 0.5
     precision, recall = metrics.precision_recall(samples, both)
     assert 0.4 < precision <= 0.5
     assert recall > 0.9
 
 
-def test_all_four_are_0_far_away_and_whole_for_the_set_itself():
+def test_precision_and_recall_are_0_far_away_and_whole_for_the_set_itself():
     real = features(50, 3)
     assert metrics.precision_recall(real, real + 1000) == (0, 0)
-    assert metrics.density_coverage(real, real + 1000) == (0, 0)
     assert metrics.precision_recall(real, real) == (1, 1)
-    assert metrics.density_coverage(real, real)[1] == 1
-
-
-def test_coverage_and_density_of_fresh_draws_are_what_order_statistics_say():
-    n, m, k = 60, 90, 3
-    scores = [metrics.density_coverage(features(n, 2), features(m, 2), k=k) for _ in range(200)]
-    expected = 1 - np.prod([(n - i) / (n + m - i) for i in range(1, k + 1)])
-    np.testing.assert_allclose(np.mean(scores, axis=0), (1, expected), atol=0.02)
 
 
 def test_neighbours_are_scikit_learns_where_all_training_pictures_differ():
@@ -224,11 +210,6 @@ def test_r_precision_is_the_rank_of_scikit_learns_cosine():
             lambda: metrics.precision_recall(features(9, 2), features(3, 2)),
             "k = 3 needs at least 4 rows of `samples`, got 3",
         ),
-        (
-            lambda: metrics.density_coverage(features(5, 2), features(3, 2)),
-            "k = 5 needs at least 6 rows of `real`, got 5",
-        ),
-        (lambda: metrics.density_coverage(features(9, 2), features(0, 2)), "at least 1 rows of `samples`, got 0"),
         (lambda: metrics.neighbours(features(3, 2), features(1, 2)), "at least 2 rows of `training`, got 1"),
         (lambda: metrics.neighbours(features(3, 2), np.ones((5, 2))), "need 2 different training pictures"),
         (lambda: metrics.r_precision(features(1, 2), features(1, 2), np.array([0])), "2 rows of `text_emb`, got 1"),

@@ -28,7 +28,6 @@ import params
 import test as sampling_script
 import train
 import training
-from evaluation import plot
 from params import PRESETS, Params
 from run import Run
 
@@ -124,12 +123,6 @@ def test_from_nothing_to_pictures_and_on(call, tiny):
     assert "c = nan: allowed are" in call(sampling_script, "--c", "nan")
     assert "no checkpoint at" in call(sampling_script, "--checkpoint", "elsewhere")
     assert "prompt is empty" in call(sampling_script, "--prompts", "")
-
-    said = call(plot, "models_vA0", "undisturbed", "--output", "new/curves.png")
-    assert "new/curves.png written: models_vA0, undisturbed" in said
-    with Image.open("new/curves.png") as picture:
-        assert picture.size == (1200, 432)
-    assert "there is no nowhere/metrics.jsonl" in call(plot, "nowhere")
 
     said = call(evaluate, "--steps", "2")
     assert "8 captions of 8 training pictures, guidance 7" in said
@@ -374,9 +367,7 @@ def test_wrong_fields_are_named(call, words, message):
     assert message in " ".join(call(train, "quick", *words).replace("│", "").split())
 
 
-@pytest.mark.parametrize(
-    "script", ["train", "test", "evaluate", "prepare_dataset", "evaluation.compare_encoders", "evaluation.plot"]
-)
+@pytest.mark.parametrize("script", ["train", "test", "evaluate", "prepare_dataset"])
 def test_help_needs_neither_jax_nor_pandas(script):
     code = f"import sys, runpy; sys.argv = ['{script}', '--help']\n"
     code += f"try: runpy.run_module('{script}', run_name='__main__', alter_sys=True)\n"
