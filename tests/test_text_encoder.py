@@ -1,5 +1,6 @@
 """The BERT against published similarities and another implementation, and what the trainer relies on."""
 
+import hashlib
 import importlib.util
 import json
 import sys
@@ -152,52 +153,6 @@ def test_compiled_once_per_length(tiny, traces):
     assert len(traces) == 2
 
 
-# The baselines.
-
-
-def test_words_are_looked_up_and_nothing_else(minilm):
-    words = TextEncoder(f"{MINILM}:words")
-    tokens, mask = words.tokenize(PROMPTS, LENGTH)
-    np.testing.assert_array_equal(tokens, minilm.tokenize(PROMPTS, LENGTH)[0])
-    table = load_file(words.folder / "model.safetensors")["embeddings.word_embeddings.weight"]
-    text_emb, text_mask = words(PROMPTS, LENGTH)
-    np.testing.assert_array_equal(text_mask, mask)
-    np.testing.assert_array_equal(text_emb, np.where(mask[..., None], table[tokens], 0))
-    there, back = words(["red dog in black coat", "black dog in red coat"], 7)[0]
-    np.testing.assert_array_equal(there[[1, 4]], back[[4, 1]])
-    np.testing.assert_array_equal(there[[0, 2, 3, 5, 6]], back[[0, 2, 3, 5, 6]])
-
-
-def test_random_weights_are_those_that_a_bert_begins_with(tiny):
-    plain = TextEncoder(str(tiny))
-    edit_config(tiny, initializer_range=0.5)
-    random, again = TextEncoder(f"{tiny}:random"), TextEncoder(f"{tiny}:random")
-    for part, weights in random._weights.items():
-        for name, weight in weights.items():
-            assert weight.shape == plain._weights[part][name].shape
-            np.testing.assert_array_equal(weight, again._weights[part][name])
-            if "bias" in name or "LayerNorm" in name:
-                assert (weight == (0 if "bias" in name else 1)).all()
-            elif weight.size > 1000:
-                assert abs(float(weight.mean())) < 0.06
-                assert 0.45 < float(weight.std()) < 0.55
-    emb, mask = random(TINY_PROMPTS, LENGTH)
-    assert (emb[~mask] == 0).all()
-    assert np.abs(emb - plain(TINY_PROMPTS, LENGTH)[0]).max() > 0.1
-
-
-def test_a_variant_is_never_taken_for_its_encoder(tiny):
-    names = [str(tiny), f"{tiny}:words", f"{tiny}:random"]
-    identities = [TextEncoder(name).identity for name in names]
-    assert [identity["name"] for identity in identities] == names
-    assert len({identity["sha256"] for identity in identities}) == 3
-
-
-def test_an_unknown_variant_is_refused():
-    with pytest.raises(EncoderError, match="neither a folder nor a name"):
-        TextEncoder("some/bert:sentences")
-
-
 # Prompts that do not fit.
 
 
@@ -237,6 +192,9 @@ def test_identity_is_of_weights_configuration_and_tokenizer(tiny):
         (tiny / file).write_text((tiny / file).read_text() + "\n")
         seen.append(TextEncoder(str(tiny)).identity)
     assert len({identity["sha256"] for identity in seen}) == 3
+    files = [tiny / name for name in ("model.safetensors", "config.json", "tokenizer.json")]
+    parts = "".join(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)  # as checkpoints have it
+    assert seen[-1]["sha256"] == hashlib.sha256(parts.encode()).hexdigest()
 
 
 @pytest.mark.slow  # importing transformers takes seconds
@@ -266,8 +224,7 @@ def test_local_encoders_import_no_hub_and_no_transformers(tiny, monkeypatch):
         (DEFAULT, DEFAULT, "2275a7bdee235e9b4f01fa73aa60d3311983cfea"),
         (f"{DEFAULT}@main", DEFAULT, "main"),
         ("some/bert", "some/bert", None),
-        ("some/bert:words", "some/bert", None),
-        ("some/bert@v2:random", "some/bert", "v2"),
+        ("some/bert@v2", "some/bert", "v2"),
         ("bert-base-uncased@refs/pr/7", "bert-base-uncased", "refs/pr/7"),
     ],
 )
@@ -329,7 +286,7 @@ def test_pypi_out_of_reach(monkeypatch):
     assert_names_three_ways(caught.value)
 
 
-@pytest.mark.parametrize("name", ["./no/such/folder", "/no/such", "a b", "a/b/c"])
+@pytest.mark.parametrize("name", ["./no/such/folder", "/no/such", "a b", "a/b/c", "some/bert:words"])
 def test_neither_folder_nor_hub_name(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(EncoderError, match="neither a folder nor a name") as caught:
