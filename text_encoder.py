@@ -39,7 +39,7 @@ MINILM_PACKAGE = packages.Package(
 )
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # of its model.safetensors
 
-FILES = ["model.safetensors", "config.json", "tokenizer.json", "vocab.txt", "tokenizer_config.json"]
+FILES = ["model.safetensors", "config.json", "tokenizer.json", "vocab.txt"]  # the last is only part of the identity
 CHUNK = 16  # captions per call of the compiled encoder
 WAYS = f"""
 Three ways to get a text encoder:
@@ -141,16 +141,9 @@ def read_weights(file: Path, *, depth: int) -> Weights:
 def read_tokenizer(folder: Path) -> Tokenizer:
     """The folder's tokenizer, without the padding and cutting that it may come with; raises EncoderError."""
     try:
-        if (folder / "tokenizer.json").is_file():
-            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        elif (folder / "vocab.txt").is_file():  # without either, transformers would make one of five words
-            from transformers import AutoTokenizer  # over a second to import
-
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
-        else:
-            raise FileNotFoundError("there is neither")
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # `tokenizers` raises nothing narrower
-        raise EncoderError(f"{folder} has no usable tokenizer.json nor vocab.txt: {error}") from error
+        raise EncoderError(f"{folder} has no usable tokenizer.json: {error}.{WAYS}") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
@@ -220,7 +213,7 @@ class TextEncoder:
     @functools.cached_property
     def identity(self) -> dict[str, str]:
         """What a checkpoint records, to notice at sampling that it was trained with other weights or words."""
-        others = [sha256(file) for file in (self.folder / name for name in FILES[1:4]) if file.is_file()]
+        others = [sha256(file) for file in (self.folder / name for name in FILES[1:]) if file.is_file()]
         hashes = "".join([self._weights_sha256, *others])
         return {"name": self.name, "sha256": hashlib.sha256(hashes.encode()).hexdigest()}
 
