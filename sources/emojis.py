@@ -13,6 +13,7 @@ Preparing can be interrupted at any time. The CSV, which fixes the numbering, is
 absent; and each picture carries the code points that it shows, so that a second run keeps exactly what is right.
 """
 
+import csv
 import hashlib
 import io
 import json
@@ -24,12 +25,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import emoji
-import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from dataset import CSV, DatasetError
-from files import replacing
+from files import replacing, writable
 from images import save_png
 from sources.packages import Package, PackageError, fetch
 
@@ -173,37 +173,34 @@ def _keywords() -> dict[str, str]:
 
 def _chart() -> dict[str, str]:
     """Emoji -> group in the order of the Unicode chart; empty where npm is missing."""
-    for package in (GOOGLE, TWITTER):
-        try:
-            entries = json.loads((fetch(package) / "emoji.json").read_text(encoding="utf-8"))
-        except PackageError:
-            continue
-        return {_text(entry["unified"]): entry["category"] for entry in sorted(entries, key=lambda e: e["sort_order"])}
-    return {}
+    try:
+        entries = json.loads((fetch(GOOGLE) / "emoji.json").read_text(encoding="utf-8"))
+    except PackageError:
+        return {}
+    return {_text(entry["unified"]): entry["category"] for entry in sorted(entries, key=lambda e: e["sort_order"])}
 
 
-def prepare(root: Path, vendor: str = "", *, progress: bool = True) -> str:
+def prepare(root: Path, vendor: str = "") -> str:
     """Fill `root` with a vendor's pictures and their captions; without a vendor, the first that can be had.
 
     Keeps what is already right, so it resumes; a CSV keeps its numbers and gets rows for new emoji only.
     Returns the vendor taken. Raises DatasetError for somebody else's CSV, PackageError where nothing can be had.
     """
-    table = _table(root / CSV)
+    rows = _read_rows(root / CSV)
     source = _source(vendor)
     print(f"{source.vendor}: {len(source.pictures)} pictures: {source.title}")
-    table = _with_rows_for(table, source.pictures)
-    try:
-        with replacing(root / CSV) as beside:
-            table.to_csv(beside, index=False, encoding="utf-8")
-    except OSError as error:
-        what = f"cannot write {root / CSV}: {error.strerror or error}"
-        raise DatasetError(f"{what}; choose another with --data") from None
+    rows += _new_rows(rows, source.pictures)
+    writable(root)
+    with replacing(root / CSV) as beside, beside.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
     folder = root / "image" / source.vendor
-    rows = [row for row in zip(table["#"], table["emoji"], table["unicode"], strict=True) if row[1] in source.pictures]
-    for index, text, points in tqdm(rows, desc=source.vendor, unit=" pictures", disable=None if progress else True):
-        path = folder / f"{index}.png"
+    rows = [row for row in rows if row["emoji"] in source.pictures]
+    for row in tqdm(rows, desc=source.vendor, unit=" pictures", disable=None):
+        path, points = folder / f"{row['#']}.png", row["unicode"]
         if not _shows(path, points):
-            with source.pictures[text]() as picture:
+            with source.pictures[row["emoji"]]() as picture:
                 save_png(picture.convert("RGBA"), path, {"emoji": points, "source": source.title})
     (folder / WHOLE).write_text(source.title + "\n")
     return source.vendor
@@ -222,10 +219,8 @@ def _ensure_one(root: Path, vendor: str) -> str:
     folder = root / "image" / vendor
     if vendor not in VENDORS or (folder / WHOLE).exists():
         return vendor
-    with suppress(OSError, ValueError):  # no CSV yet, or a damaged one: prepare says so
-        with (root / CSV).open(encoding="utf-8") as file:
-            header = file.readline()  # not more: the Kaggle file has megabytes of base64
-        if header.strip() != ",".join(COLUMNS):
+    with suppress(OSError, ValueError), (root / CSV).open(encoding="utf-8") as file:  # else prepare says what is wrong
+        if file.readline().strip() != ",".join(COLUMNS):  # somebody else's
             return vendor
     if vendor == "Google" and (root / "image" / "OpenMoji" / WHOLE).exists() and not folder.exists():
         print("Google's pictures could not be had when this dataset was prepared; taking OpenMoji's")
@@ -236,10 +231,11 @@ def _ensure_one(root: Path, vendor: str) -> str:
 def _source(vendor: str) -> Source:
     """The first source for `vendor` (any, where it is "") that this machine can reach."""
     ways = {"Google": [google, google_font], "Twitter": [twitter], "OpenMoji": [openmoji]}
-    if vendor and vendor not in ways:
+    ways[""] = ways["Google"] + ways["OpenMoji"]
+    if vendor not in ways:
         raise DatasetError(f"no pictures are known for vendor {vendor!r}; choose one of {', '.join(VENDORS)}")
     reasons = []
-    for way in ways[vendor] if vendor else [google, google_font, openmoji]:
+    for way in ways[vendor]:
         try:
             return way()
         except PackageError as error:
@@ -250,31 +246,36 @@ def _source(vendor: str) -> Source:
     )
 
 
-def _table(path: Path) -> pd.DataFrame:
-    """The rows of an earlier preparation, all text; none where there is no CSV yet."""
+def _read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of an earlier preparation; none where there is no CSV yet."""
     if not path.exists():
-        return pd.DataFrame(columns=COLUMNS, dtype=str)
+        return []
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
-    except (ValueError, pd.errors.ParserError) as error:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, restval="", strict=True)
+            columns = reader.fieldnames or ["none"]
+            rows = [*reader] if columns == COLUMNS else []
+        if any(None in row for row in rows):
+            raise ValueError("a row is longer than the first one")
+    except (ValueError, csv.Error) as error:
         raise DatasetError(f"{path} cannot be read ({error}); mend it, or move it away to start afresh") from None
-    if list(table.columns) != COLUMNS:
+    if columns != COLUMNS:
         raise DatasetError(
-            f"{path} is not of this program's making: its columns are {', '.join(table.columns[:12])}. "
+            f"{path} is not of this program's making: its columns are {', '.join(columns[:12])}. "
             "It is left as it is; use it with train.py directly, or prepare into another folder with --data"
         )
-    return table
+    return rows
 
 
-def _with_rows_for(table: pd.DataFrame, emojis: Iterable[str]) -> pd.DataFrame:
-    """The table and, below, rows for those emoji that it lacks, in the order of the chart."""
-    new = set(emojis) - set(table["emoji"])
+def _new_rows(rows: list[dict[str, str]], emojis: Iterable[str]) -> list[dict[str, str]]:
+    """Rows for those emoji that the given rows lack, in the order of the chart, numbered on."""
+    new = set(emojis) - {row["emoji"] for row in rows}
     if not new:
-        return table
+        return []
     chart, keywords = _chart(), _keywords()
     place = {text: i for i, text in enumerate(chart)}
-    first = 1 + max((int(index) for index in table["#"] if index.isdecimal()), default=0)
-    rows = [
+    first = 1 + max((int(row["#"]) for row in rows if row["#"].isdecimal()), default=0)
+    return [
         {
             "#": str(number),
             "emoji": text,
@@ -286,7 +287,6 @@ def _with_rows_for(table: pd.DataFrame, emojis: Iterable[str]) -> pd.DataFrame:
         }
         for number, text in enumerate(sorted(new, key=lambda text: (place.get(text, len(place)), text)), first)
     ]
-    return pd.concat([table, pd.DataFrame(rows, columns=COLUMNS)], ignore_index=True)
 
 
 def _shows(path: Path, points: str) -> bool:
