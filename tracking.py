@@ -85,11 +85,11 @@ class Wandb:
 
         id_file = output / "wandb-run.txt"
         run_id = id_file.read_text().strip() if step and id_file.exists() else uuid.uuid4().hex[:8]
-        project, settings = os.environ.get("WANDB_PROJECT", "emoji-diffusion"), wandb.Settings(console="off")
         self.histogram, self.image = wandb.Histogram, wandb.Image
         self.run = wandb.init(
-            project=project, name=output.name, id=run_id, resume="allow", dir=str(output), settings=settings
-        )
+            project=os.environ.get("WANDB_PROJECT", "emoji-diffusion"), name=output.name, id=run_id, resume="allow",
+            dir=str(output), settings=wandb.Settings(console="off"),
+        )  # fmt: skip
         self.run.config.update(config, allow_val_change=True)
         self.run.define_metric("*", step_metric="step")
         id_file.write_text(f"{run_id}\n")
@@ -139,9 +139,7 @@ class MetricsLog:
     seconds: of training before `step`. pictures: in an epoch.
     """
 
-    def __init__(
-        self, path: Path, step: int, seconds: float, *, pictures: int, B: int, trackers: Sequence[Tracker] = ()
-    ):
+    def __init__(self, path: Path, step: int, seconds: float, *, pictures: int, B: int, trackers: Sequence = ()):
         kept = ""
         for line in path.read_text().splitlines() if step and path.exists() else ():
             with suppress(json.JSONDecodeError):  # a line that was cut off
@@ -149,8 +147,8 @@ class MetricsLog:
         with replacing(path) as beside:
             beside.write_text(kept)
         self.path, self.pictures, self.B, self.trackers = path, pictures, B, list(trackers)
-        self.step, self.since = step, time.perf_counter()
-        self.began = self.since - seconds
+        self.step, self.reported = step, seconds  # of the last line
+        self.began = time.perf_counter() - seconds
 
     @property
     def seconds(self) -> float:
@@ -163,22 +161,22 @@ class MetricsLog:
         `more` is what else is known at this step, numbers or lists of one number per noise level: learning_rate,
         heldout_loss, heldout_loss_per_level. What is not finite is written as null.
         """
-        steps, skipped = step - self.step, int(metrics.skipped)
+        steps, skipped, seconds = step - self.step, int(metrics.skipped), self.seconds
         line = {
             "step": step,
             "images": step * self.B,
             "epoch": step * self.B / self.pictures,
-            "seconds": self.seconds,
+            "seconds": seconds,
             "loss": _mean(metrics.loss.sum(), metrics.count.sum()),
-            "loss_per_level": list(map(_mean, metrics.loss, metrics.count)),
+            "loss_per_level": [*map(_mean, metrics.loss, metrics.count)],
             "grad_norm": _mean(metrics.grad_norm, steps - skipped),
-            "images_per_second": steps * self.B / (time.perf_counter() - self.since),
+            "images_per_second": steps * self.B / (seconds - self.reported),
             "skipped": skipped,
             **{name: _plain(value) for name, value in (more or {}).items()},
         }
         with self.path.open("a") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
-        self.step, self.since = step, time.perf_counter()
+        self.step, self.reported = step, seconds
         values = {name: value for name, value in line.items() if name != "step" and value is not None}
         values |= {name: [v or 0.0 for v in value] for name, value in values.items() if isinstance(value, list)}
         self._tell(lambda tracker: tracker.write(step, values))
@@ -196,9 +194,7 @@ class MetricsLog:
         """Time that does not count as training."""
         start = time.perf_counter()
         yield
-        paused = time.perf_counter() - start
-        self.since += paused
-        self.began += paused
+        self.began += time.perf_counter() - start
 
     def _tell(self, tell: Callable[[Tracker], None]) -> None:
         with self.paused():
@@ -207,11 +203,8 @@ class MetricsLog:
                     tell(tracker)
                 except Exception as error:  # whatever a tracker raises is not worth the run
                     self.trackers.remove(tracker)
-                    print(
-                        f"\n{tracker.name} failed ({type(error).__name__}: {error}) and is told no more; "
-                        f"training goes on, {self.path} has every line",
-                        file=sys.stderr,
-                    )
+                    what = f"{tracker.name} failed ({type(error).__name__}: {error}) and is told no more"
+                    print(f"\n{what}; training goes on, {self.path} has every line", file=sys.stderr)
 
 
 def _mean(total: float, count: float) -> float | None:
