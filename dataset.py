@@ -6,11 +6,11 @@
 This is the layout of the Kaggle emoji set, and of pictures of one's own. `read_rows` reads the CSV, `read_pictures`
 the pictures of its rows, `collect` keeps the good ones; `load`, below, puts the three together.
 
-Several vendors, "Google+OpenMoji", give several pictures to a row, and each caption then names its vendor: "red heart,
+With several vendors, "Google+OpenMoji", a row has several pictures, and each caption names its vendor: "red heart,
 OpenMoji style". A row is held out for all of them or for none.
 
-Real datasets have faults. A faulty row or picture is left out and reported; only too many of them, or nothing left,
-is an error. A missing picture is reported but never counted, for few vendors draw every emoji.
+A faulty row or picture is left out and reported. Only too many of them, or nothing left, is an error. A missing picture
+is reported but never counted, for few vendors draw every emoji.
 """
 
 import csv
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, UInt8
 from PIL import Image, ImageOps
 
 from files import cached
@@ -78,10 +78,7 @@ class Pictures(NamedTuple):
 
 
 def from_config(config: Params, root: Path | None = None, *, decode: bool = True) -> Pictures:
-    """The pictures that a configuration names, those to train on first; `root` where the dataset has moved.
-
-    Raises as `load`.
-    """
+    """The pictures of a configuration, those to train on first; `root` where they have moved to; raises as `load`."""
     size = {"height": config.H, "width": config.W, "channels": config.CHANNELS}
     root = root or Path(config.data)
     pictures = load(root, vendor=config.vendor, limit=config.MAX_INDEX, decode=decode, **size)
@@ -93,18 +90,16 @@ def from_config(config: Params, root: Path | None = None, *, decode: bool = True
 def load(
     root: Path, *, vendor: str, limit: int, height: int, width: int, channels: int, decode: bool = True
 ) -> Pictures:
-    """The captioned pictures of a vendor, or of several joined by "+", in the order of the CSV.
+    """The captioned pictures of a vendor, or of several joined by "+", in the order of the CSV; raises DatasetError.
 
     `limit` > 0 keeps the first `limit` training rows that have a picture, and the held-out ones before the last of
     these. Without `decode` only the header of each picture is read, and `images` is None.
-    Raises DatasetError where more than MAX_BAD of the rows and pictures are broken, or a vendor has none that is good.
     """
     shape = (height, width, channels)
     rows, chosen = read_rows(root), _chosen(root, vendor)
-    found = read_pictures(root, rows, chosen, shape if decode else None)
     most = min(len(rows), limit + sum(row.heldout for row in rows)) if limit else len(rows)
     images = _allocate(root, most * len(chosen), shape) if decode else None
-    kept, faults = collect(found, images, limit)
+    kept, faults = collect(read_pictures(root, rows, chosen, shape if decode else None), images, limit)
     _refuse(root, rows, chosen, kept, faults)
     folders = {one: root / "image" / one for one in chosen}
     pictures = Pictures(
@@ -278,8 +273,7 @@ def fit(picture: Image.Image, height: int, width: int, channels: int) -> UInt8[n
     planes[:3] *= planes[3] / 255
     scale = min(width / picture.width, height / picture.height)
     w, h = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
-    if (w, h) != picture.size:
-        planes = _resized(planes, w, h)
+    planes = np.stack([Image.fromarray(plane).resize((w, h), Image.Resampling.LANCZOS) for plane in planes])
     left, top = (width - w) // 2, (height - h) // 2
     canvas = np.full((4, height, width), 255, np.float32)
     canvas[3] = 0
@@ -297,20 +291,8 @@ def fit(picture: Image.Image, height: int, width: int, channels: int) -> UInt8[n
     return np.rint(image).astype(np.uint8, order="C")
 
 
-def _resized(planes: Float[np.ndarray, "n h w"], width: int, height: int) -> Float[np.ndarray, "n H W"]:
-    """Planes scaled to [n, height, width]: all rows of all planes at once, then all columns."""
-    n, h, w = planes.shape
-    across = Image.fromarray(planes.reshape(n * h, w)).resize((width, n * h), Image.Resampling.LANCZOS)
-    beside = np.asarray(across).reshape(n, h, width).swapaxes(0, 1).reshape(h, n * width)
-    down = Image.fromarray(beside).resize((n * width, height), Image.Resampling.LANCZOS)
-    return np.asarray(down).reshape(height, n, width).swapaxes(0, 1)
-
-
 def collect(found: Found, images: np.ndarray | None, limit: int) -> tuple[list[tuple[Row, str]], list[Fault]]:
-    """Write good pictures into `images`, one after another; return the row and vendor of each, and the faults.
-
-    No more is taken from `found` once `limit` training rows have a picture.
-    """
+    """Write good pictures into `images`, until `limit` training rows have one; return the row and vendor of each."""
     kept, faults, trained = [], [], 0
     for row, pictures, more in found:
         faults += more
@@ -377,13 +359,13 @@ def _fingerprint(pictures: Pictures, *, pixels: bool) -> str:
 
 def _training_first(pictures: Pictures) -> Pictures:
     """The same pictures, the held-out ones last: each side of the split is then a stretch of one array."""
-    images, train, held = pictures.images, *(np.flatnonzero(pictures.heldout == side) for side in (False, True))
+    images, order = pictures.images, np.argsort(pictures.heldout, kind="stable")
     if images is not None:  # moved within their array, for there may be no room for another
-        last = images[held]
-        for place, row in enumerate(train):
+        last = images[pictures.heldout]
+        for place, row in enumerate(order[: len(order) - len(last)]):
             images[place] = images[row]
-        images[len(train) :] = last
-    return select(pictures._replace(images=None), np.concatenate([train, held]))._replace(images=images)
+        images[len(order) - len(last) :] = last
+    return select(pictures._replace(images=None), order)._replace(images=images)
 
 
 def side(pictures: Pictures, *, heldout: bool) -> Pictures:
