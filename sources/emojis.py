@@ -6,10 +6,10 @@ package, keywords from emojilib. They are written in the layout that `dataset` r
 skin tone, in the order of the Unicode chart.
 
 A twentieth of the emoji is held out. Variants of one drawing must be on the same side of that split, so it is a hash
-not of the emoji but of its `concept`: woman running, man running facing right and person running are one concept.
-It depends on nothing else, so the split is the same for every vendor and machine.
+not of the emoji but of its `concept`: woman running and person running facing right are one. Nothing else enters, so
+the split is the same for every vendor and machine.
 
-Preparing can be interrupted at any time. The CSV, which fixes the numbering, is written first; each file is whole or
+Preparing can be interrupted at any time. The CSV, which fixes the numbers, is written first; each file is whole or
 absent; and each picture carries the code points that it shows, so that a second run keeps exactly what is right.
 """
 
@@ -128,8 +128,8 @@ def name_of(text: str) -> str:
 def concept(text: str) -> str:
     """What all variants of one drawing share.
 
-    Gender and direction are dropped: 🏃‍♀️‍➡️ is 🏃, 👩‍🎓 is 🧑‍🎓. People in company (families, kisses, couples) are one
-    concept. What is joined to anything but a person is a variant of that: 🐈‍⬛ is 🐈. A flag is a concept by itself.
+    Gender and direction are dropped: 🏃‍♀️‍➡️ is 🏃, 👩‍🎓 is 🧑‍🎓. Families, kisses and couples are one concept. What is
+    joined to anything but a person is a variant of that: 🐈‍⬛ is 🐈. A flag is a concept by itself.
     """
     if "\U0001f1e6" <= text[0] <= "\U0001f1ff" or text[0] in "🏴🏳":
         return text
@@ -175,10 +175,10 @@ def _chart() -> dict[str, str]:
 
 
 def prepare(root: Path, vendor: str = "") -> str:
-    """Fill `root` with a vendor's pictures and their captions; without a vendor, the first that can be had.
+    """Fill `root` with a vendor's pictures and captions, or with the first that can be had; returns the vendor taken.
 
     Keeps what is already right, so it resumes; a CSV keeps its numbers and gets rows for new emoji only.
-    Returns the vendor taken. Raises DatasetError for somebody else's CSV, PackageError where nothing can be had.
+    Raises DatasetError for somebody else's CSV, PackageError where nothing can be had.
     """
     rows = _read_rows(root / CSV)
     source = _source(vendor)
@@ -203,8 +203,7 @@ def prepare(root: Path, vendor: str = "") -> str:
 def ensure(root: Path, vendor: str) -> str:
     """Prepare what is missing or was interrupted, and leave everybody's own data alone; returns the vendor to use.
 
-    That is `vendor`, or the one that stands in for Google's pictures where they cannot be had. Of several, as in
-    "Google+OpenMoji", each is prepared. Raises as `prepare`.
+    That is `vendor`, or OpenMoji where Google's cannot be had. Of several, "Google+OpenMoji", each is prepared.
     """
     return "+".join(dict.fromkeys(_ensure_one(root, one) for one in vendor.split("+")))
 
@@ -219,7 +218,7 @@ def _ensure_one(root: Path, vendor: str) -> str:
     if vendor == "Google" and (root / "image" / "OpenMoji" / WHOLE).exists() and not folder.exists():
         print("Google's pictures could not be had when this dataset was prepared; taking OpenMoji's")
         return "OpenMoji"
-    return prepare(root) if vendor == "Google" else prepare(root, vendor)
+    return prepare(root, "" if vendor == "Google" else vendor)
 
 
 def _source(vendor: str) -> Source:

@@ -207,13 +207,13 @@ def test_training_makes_sure_that_the_pictures_are_whole_once(few, tmp_path, mon
     real, calls = sources.prepare, []
     monkeypatch.setattr(sources, "prepare", lambda *args: calls.append(args[1:]) or real(*args))
     assert sources.ensure(tmp_path, "Google") == sources.ensure(tmp_path, "Google") == "Google"
-    assert calls == [()]
+    assert calls == [("",)]
     (tmp_path / "image" / "Google" / "3.png").unlink()
     (tmp_path / "image" / "Google" / sources.WHOLE).unlink()  # as if it had been interrupted
     assert sources.ensure(tmp_path, "Google") == "Google"
     assert len(list((tmp_path / "image" / "Google").glob("*.png"))) == 5
     assert sources.ensure(tmp_path, "OpenMoji") == "OpenMoji"
-    assert calls == [(), (), ("OpenMoji",)]
+    assert calls == [("",), ("",), ("OpenMoji",)]
 
 
 def test_of_several_vendors_each_is_prepared_and_a_stand_in_not_twice(few, tmp_path, monkeypatch):
