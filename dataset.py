@@ -79,23 +79,19 @@ class Pictures(NamedTuple):
 
 def from_config(config: Params, root: Path | None = None, *, decode: bool = True) -> Pictures:
     """The pictures of a configuration, those to train on first; `root` where they have moved to; raises as `load`."""
-    size = {"height": config.H, "width": config.W, "channels": config.CHANNELS}
-    root = root or Path(config.data)
-    pictures = load(root, vendor=config.vendor, limit=config.MAX_INDEX, decode=decode, **size)
+    root, shape = root or Path(config.data), (config.H, config.W, config.CHANNELS)
+    pictures = load(root, vendor=config.vendor, limit=config.MAX_INDEX, shape=shape, decode=decode)
     if config.stream and decode:  # recognise what a run that streamed was trained on
         pictures = pictures._replace(fingerprint=_fingerprint(pictures, pixels=False))
     return _training_first(pictures)
 
 
-def load(
-    root: Path, *, vendor: str, limit: int, height: int, width: int, channels: int, decode: bool = True
-) -> Pictures:
+def load(root: Path, *, vendor: str, limit: int, shape: tuple[int, int, int], decode: bool = True) -> Pictures:
     """The captioned pictures of a vendor, or of several joined by "+", in the order of the CSV; raises DatasetError.
 
     `limit` > 0 keeps the first `limit` training rows that have a picture, and the held-out ones before the last of
     these. Without `decode` only the header of each picture is read, and `images` is None.
     """
-    shape = (height, width, channels)
     rows, chosen = read_rows(root), _chosen(root, vendor)
     most = min(len(rows), limit + sum(row.heldout for row in rows)) if limit else len(rows)
     images = _allocate(root, most * len(chosen), shape) if decode else None

@@ -1,7 +1,7 @@
 """Pictures for people: a captioned grid on white, PNG and GIF files, and bytes from and to the network's range.
 
 A grid is `columns` cells wide. Each cell shows one picture, enlarged or reduced to fit `cell` pixels, and its caption
-in quiet grey on at most two lines below. Transparency is shown as everywhere else: over a light checkerboard.
+in quiet grey on at most two lines below. What is transparent shows the white below.
 """
 
 import unicodedata
@@ -18,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from files import replacing
 
 LETTERS = 1000  # of a caption, the rest is not looked at: no two lines of a cell hold as many
-GREY, SQUARES = (110, 110, 115), ((255, 255, 255), (245, 245, 247))  # the captions, the checkerboard
+GREY = (110, 110, 115)  # of the captions
 
 
 def captioned_grid(
@@ -75,24 +75,17 @@ def _plain(text: str) -> str:
 
 
 def _fitted(image: Image.Image, cell: int) -> Image.Image:
-    """`image` as large as fits, in the middle of a white square, on the checkerboard where it is transparent."""
+    """`image` as large as fits, in the middle of a white square of `cell` pixels."""
     scale = cell / max(image.size)
     width, height = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     image = image.convert("RGBA").resize((width, height), Image.Resampling.LANCZOS)  # premultiplied by Pillow itself
-    square = max(4, cell // 12)
-    odd = np.add.outer(np.arange(height) // square, np.arange(width) // square) % 2
-    board = Image.fromarray(np.array(SQUARES, np.uint8)[odd])
-    board.paste(image, mask=image.getchannel("A"))
-    fitted = Image.new("RGB", (cell, cell), "white")
-    fitted.paste(board, ((cell - width) // 2, (cell - height) // 2))
-    return fitted
+    square = Image.new("RGB", (cell, cell), "white")
+    square.paste(image, ((cell - width) // 2, (cell - height) // 2), mask=image)
+    return square
 
 
 def save_png(image: Image.Image | np.ndarray, path: Path, metadata: dict | None = None) -> None:
-    """Write `image` with its `metadata` (as PNG text) beside `path`, then rename it there: never half a file.
-
-    Makes the folder; raises OSError with the path and the reason where that, or the writing, is impossible.
-    """
+    """Write `image` with its `metadata` as PNG text, whole or not at all; makes the folder; raises OSError."""
     notes = PngInfo()
     for name, value in (metadata or {}).items():
         notes.add_text(str(name), str(value))

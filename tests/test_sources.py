@@ -155,7 +155,7 @@ def test_a_dataset_is_prepared_and_can_be_loaded(few, tmp_path, monkeypatch, cap
     assert [row["emoji"] for row in rows] == sorted(FEW)  # no chart out of reach of npm
     assert [row["#"] for row in rows] == list("12345")
     assert {row["unicode"] for row in rows} >= {"U+1F600", "U+1F3C3 U+200D U+2640 U+FE0F U+200D U+27A1 U+FE0F"}
-    pictures = dataset.load(root, vendor="Google", limit=0, height=16, width=16, channels=4)
+    pictures = dataset.load(root, vendor="Google", limit=0, shape=(16, 16, 4))
     assert pictures.names == [name_of(text) for text in sorted(FEW)]
     assert pictures.images[:, 0, 0, 0].tolist() == [40 * FEW.index(text) for text in sorted(FEW)]
     assert pictures.faults == dataset.check(root) == []
@@ -354,7 +354,7 @@ def test_the_real_google_set(tmp_path, monkeypatch):
     assert not any("skin tone" in name for name in names)
     assert {row["group"] for row in rows} >= {"Smileys & Emotion", "Flags", "Food & Drink"}
     monkeypatch.setattr(files, "CACHE", tmp_path / "cache")
-    pictures = dataset.load(tmp_path / "set", vendor="Google", limit=0, height=32, width=32, channels=4)
+    pictures = dataset.load(tmp_path / "set", vendor="Google", limit=0, shape=(32, 32, 4))
     assert sorted(pictures.names) == sorted(hearts)
     assert {fault.what for fault in pictures.faults} == {dataset.MISSING}
     colours = dict(zip(pictures.names, pictures.images[:, 16, 16].astype(int), strict=True))
