@@ -186,15 +186,13 @@ def prepare(root: Path, vendor: str = "") -> str:
     rows += _new_rows(rows, source.pictures)
     writable(root)
     with replacing(root / CSV) as beside, beside.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+        csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
     folder = root / "image" / source.vendor
-    rows = [row for row in rows if row["emoji"] in source.pictures]
-    for row in tqdm(rows, desc=source.vendor, unit=" pictures", disable=None):
-        path, points = folder / f"{row['#']}.png", row["unicode"]
+    rows = [row for row in rows if row[1] in source.pictures]
+    for index, text, points, *_ in tqdm(rows, desc=source.vendor, unit=" pictures", disable=None):
+        path = folder / f"{index}.png"
         if not _shows(path, points):
-            with source.pictures[row["emoji"]]() as picture:
+            with source.pictures[text]() as picture:
                 save_png(picture.convert("RGBA"), path, {"emoji": points, "source": source.title})
     (folder / WHOLE).write_text(source.title + "\n")
     return source.vendor
@@ -239,17 +237,17 @@ def _source(vendor: str) -> Source:
     )
 
 
-def _read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of an earlier preparation; none where there is no CSV yet."""
+def _read_rows(path: Path) -> list[list[str]]:
+    """The rows of an earlier preparation, in the order of COLUMNS; none where there is no CSV yet."""
     if not path.exists():
         return []
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, restval="", strict=True)
-            columns = reader.fieldnames or ["none"]
-            rows = [*reader] if columns == COLUMNS else []
-        if any(None in row for row in rows):
-            raise ValueError("a row is longer than the first one")
+            lines = csv.reader(file, strict=True)
+            columns = next(lines, ["none"])
+            rows = [row for row in lines if row] if columns == COLUMNS else []
+        if wrong := [row for row in rows if len(row) != len(COLUMNS)]:
+            raise ValueError(f"{wrong[0]} should be {len(COLUMNS)} fields")
     except (ValueError, csv.Error) as error:
         raise DatasetError(f"{path} cannot be read ({error}); mend it, or move it away to start afresh") from None
     if columns != COLUMNS:
@@ -260,26 +258,20 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
     return rows
 
 
-def _new_rows(rows: list[dict[str, str]], emojis: Iterable[str]) -> list[dict[str, str]]:
+def _new_rows(rows: list[list[str]], emojis: Iterable[str]) -> list[list[str]]:
     """Rows for those emoji that the given rows lack, in the order of the chart, numbered on."""
-    new = set(emojis) - {row["emoji"] for row in rows}
+    new = set(emojis) - {text for _, text, *_ in rows}
     if not new:
         return []
     chart, keywords = _chart(), _keywords()
-    place = {text: i for i, text in enumerate(chart)}
-    first = 1 + max((int(row["#"]) for row in rows if row["#"].isdecimal()), default=0)
-    return [
-        {
-            "#": str(number),
-            "emoji": text,
-            "unicode": " ".join(f"U+{ord(point):04X}" for point in text),
-            "name": name_of(text),
-            "keywords": keywords[text],
-            "group": chart.get(text, ""),
-            "split": "heldout" if is_heldout(text) else "train",
-        }
-        for number, text in enumerate(sorted(new, key=lambda text: (place.get(text, len(place)), text)), first)
-    ]
+    ordered = [text for text in chart if text in new] + sorted(new - chart.keys())
+    first = 1 + max((int(index) for index, *_ in rows if index.isdecimal()), default=0)
+    added = []
+    for number, text in enumerate(ordered, first):
+        points = " ".join(f"U+{ord(point):04X}" for point in text)
+        side = "heldout" if is_heldout(text) else "train"
+        added.append([str(number), text, points, name_of(text), keywords[text], chart.get(text, ""), side])
+    return added
 
 
 def _shows(path: Path, points: str) -> bool:
