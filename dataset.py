@@ -199,10 +199,9 @@ def _read_cached(files: list[Path], shape: tuple[int, int, int]) -> Iterator[tup
 
     def decode() -> dict[str, np.ndarray]:
         found = _each(lambda file: _read(file, shape), files)
-        images = np.zeros((len(files), *shape), np.uint8)
-        for place, (image, _) in zip(images, found, strict=True):
-            place[:] = 0 if image is None else image
-        return {"images": images, "what": np.array([what for _, what in found], str)}
+        images = [np.zeros(shape, np.uint8) if image is None else image for image, _ in found]
+        what = np.array([what for _, what in found], str)
+        return {"images": np.array(images, np.uint8).reshape(-1, *shape), "what": what}
 
     def digest(file: Path) -> str:
         try:
@@ -303,10 +302,7 @@ def collect(found: Found, images: np.ndarray | None, limit: int) -> tuple[list[t
 
 
 def _allocate(root: Path, n: int, shape: tuple[int, int, int]) -> UInt8[np.ndarray, "n h w c"]:
-    """An array for n pictures, not yet written to, which takes no memory until it is.
-
-    It begins at a multiple of 64 bytes: on a CPU, JAX then uses it where it lies instead of copying it.
-    """
+    """Room for n pictures, at a multiple of 64 bytes: on a CPU, JAX then uses it where it lies and copies nothing."""
     size = n * math.prod(shape)
     try:
         memory = np.empty(size + 63, np.uint8)
@@ -370,10 +366,7 @@ def side(pictures: Pictures, *, heldout: bool) -> Pictures:
 
 
 def select(pictures: Pictures, rows) -> Pictures:
-    """The pictures of these rows; the fingerprint and the faults stay those of the whole.
-
-    Rows that stand together are not copied: `images` is then a part of the same array.
-    """
+    """The pictures of these rows, not copied where they stand together; fingerprint and faults are those of all."""
     rows = np.asarray(rows, int)
     consecutive = len(rows) > 0 and (np.diff(rows) == 1).all()
     part = slice(rows[0], rows[-1] + 1) if consecutive else rows
@@ -403,10 +396,9 @@ def styled(name: str, vendor: str) -> str:
 
 
 def variants(pictures: Pictures) -> list[list[str]]:
-    """Other captions of each picture, at most VARIANTS, from keywords that its name does not have.
+    """Other captions of each picture, at most VARIANTS, from keywords that its name lacks; raises DatasetError.
 
-    Of "face, joy, smile" for "cat" these are "cat, face", "joy" and "cat, smile"; with several vendors each says whose
-    style it is. Raises DatasetError where no picture has a keyword.
+    Of "face, joy, smile" for "cat" these are "cat, face", "joy" and "cat, smile", with the style of several vendors.
     """
     several = len(set(pictures.folders)) > 1
     found = []

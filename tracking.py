@@ -70,10 +70,9 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run of Weights & Biases, named after the output folder; its id is kept there, so that a resumed run goes on.
+    """A run of Weights & Biases, named after the output folder, where its id is kept, so that a resumed run goes on.
 
-    Its curves are drawn over the value `step`, because wandb's own step may not go back to that of a checkpoint.
-    WANDB_PROJECT, WANDB_MODE and the like apply.
+    Its curves are over the value `step`, as wandb's own step cannot go back. WANDB_PROJECT and WANDB_MODE apply.
     """
 
     name, package, hint = "wandb", "wandb", "run `wandb login`, or set WANDB_MODE=offline to keep the run here"
