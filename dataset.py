@@ -6,11 +6,11 @@
 This is the layout of the Kaggle emoji set, and of pictures of one's own. `read_rows` reads the CSV, `read_pictures`
 the pictures of its rows, `collect` keeps the good ones; `load`, below, puts the three together.
 
-Several vendors, "Google+OpenMoji", give several pictures to a row, and each caption then names its vendor: "red heart,
+With several vendors, "Google+OpenMoji", a row has several pictures, and each caption names its vendor: "red heart,
 OpenMoji style". A row is held out for all of them or for none.
 
-Real datasets have faults. A faulty row or picture is left out and reported; only too many of them, or nothing left,
-is an error. A missing picture is reported but never counted, for few vendors draw every emoji.
+A faulty row or picture is left out and reported. Only too many of them, or nothing left, is an error. A missing picture
+is reported but never counted, for few vendors draw every emoji.
 """
 
 import csv
@@ -26,13 +26,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, UInt8
 from PIL import Image, ImageOps
 
 from files import cached
 from params import Params
 
-CSV, COLUMNS = "full_emoji.csv", ("#", "name", "keywords", "split")
+CSV, COLUMNS, SIDES = "full_emoji.csv", ("#", "name", "keywords", "split"), ("", "train", "heldout")
 MAX_BAD = 0.05  # refuse a dataset with a larger share of broken rows and pictures
 MISSING = "there is no such file"
 LARGEST = 4096 * 4096  # pixels of a picture; a decompression bomb has more
@@ -59,8 +59,8 @@ class Row(NamedTuple):
     fault: Fault | None
 
 
-# Each row with (vendor, picture uint8 [h, w, c], what is wrong with it or "") for each of its pictures
-Found = Iterator[tuple[Row, list[tuple[str, np.ndarray | None, str]]]]
+# Each row, its good pictures by vendor (uint8 [h, w, c], or None where they stay on the disk), and all of its faults
+Found = Iterator[tuple[Row, dict[str, np.ndarray | None], list[Fault]]]
 
 
 class Pictures(NamedTuple):
@@ -78,33 +78,24 @@ class Pictures(NamedTuple):
 
 
 def from_config(config: Params, root: Path | None = None, *, decode: bool = True) -> Pictures:
-    """The pictures that a configuration names, those to train on first; `root` where the dataset has moved.
-
-    Raises as `load`.
-    """
-    size = {"height": config.H, "width": config.W, "channels": config.CHANNELS}
-    root = root or Path(config.data)
-    pictures = load(root, vendor=config.vendor, limit=config.MAX_INDEX, decode=decode, **size)
+    """The pictures of a configuration, those to train on first; `root` where they have moved to; raises as `load`."""
+    root, shape = root or Path(config.data), (config.H, config.W, config.CHANNELS)
+    pictures = load(root, vendor=config.vendor, limit=config.MAX_INDEX, shape=shape, decode=decode)
     if config.stream and decode:  # recognise what a run that streamed was trained on
         pictures = pictures._replace(fingerprint=_fingerprint(pictures, pixels=False))
     return _training_first(pictures)
 
 
-def load(
-    root: Path, *, vendor: str, limit: int, height: int, width: int, channels: int, decode: bool = True
-) -> Pictures:
-    """The captioned pictures of a vendor, or of several joined by "+", in the order of the CSV.
+def load(root: Path, *, vendor: str, limit: int, shape: tuple[int, int, int], decode: bool = True) -> Pictures:
+    """The captioned pictures of a vendor, or of several joined by "+", in the order of the CSV; raises DatasetError.
 
     `limit` > 0 keeps the first `limit` training rows that have a picture, and the held-out ones before the last of
     these. Without `decode` only the header of each picture is read, and `images` is None.
-    Raises DatasetError where more than MAX_BAD of the rows and pictures are broken, or a vendor has none that is good.
     """
-    shape = (height, width, channels)
     rows, chosen = read_rows(root), _chosen(root, vendor)
-    found = read_pictures(root, rows, chosen, shape if decode else None)
     most = min(len(rows), limit + sum(row.heldout for row in rows)) if limit else len(rows)
     images = _allocate(root, most * len(chosen), shape) if decode else None
-    kept, faults = collect(found, images, limit)
+    kept, faults = collect(read_pictures(root, rows, chosen, shape if decode else None), images, limit)
     _refuse(root, rows, chosen, kept, faults)
     folders = {one: root / "image" / one for one in chosen}
     pictures = Pictures(
@@ -142,33 +133,28 @@ def _parse(path: Path, lines) -> Iterator[Row]:
         found = f"it has {', '.join(f'`{name}`' for name in header[:20])}" if header else "it is empty"
         raise DatasetError(f"{path} lacks the column {' and '.join(absent)} in its first row; {found}")
     places = [header.index(name) if name in header else len(header) for name in COLUMNS]
-    first_with, end = {}, lines.line_num
+    n, first_with, end = len(header), {}, lines.line_num
     for number, fields in enumerate(lines, start=2):  # the header is a spreadsheet's row 1
         start, end = end, lines.line_num
-        padded = fields[: len(header)] + [""] * (len(header) + 1)  # a short row, or a column that is absent
+        padded = fields[:n] + [""] * (n + 1)  # a short row, or a column that is absent
         index, name, keywords, split = (" ".join(padded[place].split()) for place in places)
         if not (index or name or keywords or split):
             continue
-        index = re.sub(r"^(\d+)\.0+$", r"\1", index)  # a spreadsheet or pandas made a number of it
+        index = re.sub(r"^(\d+)\.0+$", r"\1", index)  # a spreadsheet made a number of it
         name = name.removeprefix("⊛").strip()  # Unicode's mark of a new emoji
-        column, what = "", ""
-        if end > start + 1:
-            what = "a line break inside a field: is a quotation mark missing at the end of one?"
-        elif any(field.strip() for field in fields[len(header) :]):
-            what = f"{len(fields)} fields, the header {len(header)}: put the caption in quotation marks"
-        elif not index:
-            column, what = "#", "empty; it must be the name of the picture's file without .png"
-        elif re.search(r"[/\\\0]", index) or index in (".", ".."):
-            column, what = "#", f"{index!r} is not the name of a file"
-        elif index in first_with:
-            column, what = "#", f"{index!r} is already the # of row {first_with[index]}"
-        elif not name:
-            column, what = "name", "empty; it must be the picture's caption"
-        elif split.lower() not in ("", "train", "heldout"):
-            column, what = "split", f"{split!r} is neither train nor heldout"
+        too_many = f"{len(fields)} fields, the header {n}: put the caption in quotation marks"
+        faults = (  # the first that is true is reported
+            (end > start + 1, "", "a line break inside a field: is a quotation mark missing at the end of one?"),
+            (any(map(str.strip, fields[n:])), "", too_many),
+            (not index, ", column #", "empty; it must be the name of the picture's file without .png"),
+            (re.search(r"[/\\\0]|^\.\.?$", index), ", column #", f"{index!r} is not the name of a file"),
+            (index in first_with, ", column #", f"{index!r} is already the # of row {first_with.get(index)}"),
+            (not name, ", column name", "empty; it must be the picture's caption"),
+            (split.lower() not in SIDES, ", column split", f"{split!r} is neither train nor heldout"),
+        )
         first_with.setdefault(index, number)
-        where = f"{CSV} row {number}" + (f", column {column}" if column else "")
-        yield Row(index, name, keywords, split.lower() == "heldout", Fault(where, what) if what else None)
+        fault = next((Fault(f"{CSV} row {number}{column}", what) for wrong, column, what in faults if wrong), None)
+        yield Row(index, name, keywords, split.lower() == "heldout", fault)
 
 
 def vendors(root: Path) -> list[str]:
@@ -197,12 +183,15 @@ def read_pictures(root: Path, rows: list[Row], chosen: list[str], shape: tuple[i
     A faulty row has none. Without `shape` only headers are read, and each picture is None.
     """
     for start in range(0, len(rows), BLOCK):
-        block, found = rows[start : start + BLOCK], []
+        block, found = rows[start : start + BLOCK], {}
         for vendor in chosen:
             files = [root / "image" / vendor / f"{row.index}.png" for row in block if not row.fault]
-            found.append(_read_cached(files, shape) if shape else iter(_each(lambda file: _read(file, None), files)))
+            found[vendor] = _read_cached(files, shape) if shape else iter(_each(lambda file: _read(file, None), files))
         for row in block:
-            yield row, [] if row.fault else [(vendor, *next(one)) for vendor, one in zip(chosen, found, strict=True)]
+            read = {} if row.fault else {vendor: next(pictures) for vendor, pictures in found.items()}
+            faults = [Fault(f"image/{vendor}/{row.index}.png", what) for vendor, (_, what) in read.items() if what]
+            good = {vendor: image for vendor, (image, what) in read.items() if not what}
+            yield row, good, [row.fault] if row.fault else faults
 
 
 def _read_cached(files: list[Path], shape: tuple[int, int, int]) -> Iterator[tuple[np.ndarray, str]]:
@@ -210,10 +199,9 @@ def _read_cached(files: list[Path], shape: tuple[int, int, int]) -> Iterator[tup
 
     def decode() -> dict[str, np.ndarray]:
         found = _each(lambda file: _read(file, shape), files)
-        images = np.zeros((len(files), *shape), np.uint8)
-        for place, (image, _) in zip(images, found, strict=True):
-            place[:] = 0 if image is None else image
-        return {"images": images, "what": np.array([what for _, what in found], str)}
+        images = [np.zeros(shape, np.uint8) if image is None else image for image, _ in found]
+        what = np.array([what for _, what in found], str)
+        return {"images": np.array(images, np.uint8).reshape(-1, *shape), "what": what}
 
     def digest(file: Path) -> str:
         try:
@@ -280,8 +268,7 @@ def fit(picture: Image.Image, height: int, width: int, channels: int) -> UInt8[n
     planes[:3] *= planes[3] / 255
     scale = min(width / picture.width, height / picture.height)
     w, h = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
-    if (w, h) != picture.size:
-        planes = _resized(planes, w, h)
+    planes = np.stack([Image.fromarray(plane).resize((w, h), Image.Resampling.LANCZOS) for plane in planes])
     left, top = (width - w) // 2, (height - h) // 2
     canvas = np.full((4, height, width), 255, np.float32)
     canvas[3] = 0
@@ -299,42 +286,23 @@ def fit(picture: Image.Image, height: int, width: int, channels: int) -> UInt8[n
     return np.rint(image).astype(np.uint8, order="C")
 
 
-def _resized(planes: Float[np.ndarray, "n h w"], width: int, height: int) -> Float[np.ndarray, "n H W"]:
-    """Planes scaled to [n, height, width]: all rows of all planes at once, then all columns."""
-    n, h, w = planes.shape
-    across = Image.fromarray(planes.reshape(n * h, w)).resize((width, n * h), Image.Resampling.LANCZOS)
-    beside = np.asarray(across).reshape(n, h, width).swapaxes(0, 1).reshape(h, n * width)
-    down = Image.fromarray(beside).resize((n * width, height), Image.Resampling.LANCZOS)
-    return np.asarray(down).reshape(height, n, width).swapaxes(0, 1)
-
-
 def collect(found: Found, images: np.ndarray | None, limit: int) -> tuple[list[tuple[Row, str]], list[Fault]]:
-    """Write good pictures into `images`, one after another; return the row and vendor of each, and the faults.
-
-    No more is taken from `found` once `limit` training rows have a picture.
-    """
+    """Write good pictures into `images`, until `limit` training rows have one; return the row and vendor of each."""
     kept, faults, trained = [], [], 0
-    for row, pictures in found:
-        before = len(kept)
-        faults += [row.fault] if row.fault else []
-        for vendor, image, what in pictures:
-            if what:
-                faults.append(Fault(f"image/{vendor}/{row.index}.png", what))
-                continue
+    for row, pictures, more in found:
+        faults += more
+        for vendor, image in pictures.items():
             if images is not None:
                 images[len(kept)] = image
             kept.append((row, vendor))
-        trained += len(kept) > before and not row.heldout
+        trained += bool(pictures) and not row.heldout
         if 0 < limit == trained:
             break
     return kept, faults
 
 
 def _allocate(root: Path, n: int, shape: tuple[int, int, int]) -> UInt8[np.ndarray, "n h w c"]:
-    """An array for n pictures, not yet written to, which takes no memory until it is.
-
-    It begins at a multiple of 64 bytes: on a CPU, JAX then uses it where it lies instead of copying it.
-    """
+    """Room for n pictures, at a multiple of 64 bytes: on a CPU, JAX then uses it where it lies and copies nothing."""
     size = n * math.prod(shape)
     try:
         memory = np.empty(size + 63, np.uint8)
@@ -349,22 +317,21 @@ def _allocate(root: Path, n: int, shape: tuple[int, int, int]) -> UInt8[np.ndarr
 
 def _refuse(root: Path, rows: list[Row], chosen: list[str], kept: list[tuple[Row, str]], faults: list[Fault]) -> None:
     """Raise DatasetError where too much is broken, a vendor has no picture, or none is left to train on."""
-    broken = [fault for fault in faults if fault.what != MISSING]
-    if len(broken) > MAX_BAD * (len(kept) + len(broken)):
-        first = "; ".join(f"{where}: {what}" for where, what in broken[:3])
+    broken = [f"{where}: {what}" for where, what in faults if what != MISSING]
+    n = len(kept) + len(broken)
+    if len(broken) > MAX_BAD * n:
         raise DatasetError(
-            f"{len(broken)} of {len(kept) + len(broken)} rows and pictures in {root} cannot be used; at most "
-            f"{MAX_BAD:.0%} may be faulty. The first: {first}. Mend or delete them; "
+            f"{len(broken)} of {n} rows and pictures in {root} cannot be used; at most {MAX_BAD:.0%} may be faulty. "
+            f"The first: {'; '.join(broken[:3])}. Mend or delete them; "
             f"`python prepare_dataset.py --check --data {root}` lists them all"
         )
-    for vendor in chosen:
-        if all(one != vendor for _, one in kept):
-            its = [fault for fault in faults if fault.where.startswith((CSV, f"image/{vendor}/"))]
-            first = f", the first fault: {its[0].where}: {its[0].what}" if its else ""
-            raise DatasetError(
-                f"{root} has no captioned picture for vendor {vendor} ({len(rows)} rows in {CSV}{first}). "
-                f"Each row's picture is image/{vendor}/<#>.png"
-            )
+    for vendor in [one for one in chosen if one not in {has for _, has in kept}]:
+        its = [fault for fault in faults if fault.where.startswith((CSV, f"image/{vendor}/"))]
+        first = f", the first fault: {its[0].where}: {its[0].what}" if its else ""
+        raise DatasetError(
+            f"{root} has no captioned picture for vendor {vendor} ({len(rows)} rows in {CSV}{first}). "
+            f"Each row's picture is image/{vendor}/<#>.png"
+        )
     if all(row.heldout for row, _ in kept):
         raise DatasetError(
             f"{root}: all {len(kept)} pictures are held out, none is left to train on; mend the column split of {CSV}"
@@ -384,13 +351,13 @@ def _fingerprint(pictures: Pictures, *, pixels: bool) -> str:
 
 def _training_first(pictures: Pictures) -> Pictures:
     """The same pictures, the held-out ones last: each side of the split is then a stretch of one array."""
-    images, train, held = pictures.images, *(np.flatnonzero(pictures.heldout == side) for side in (False, True))
+    images, order = pictures.images, np.argsort(pictures.heldout, kind="stable")
     if images is not None:  # moved within their array, for there may be no room for another
-        last = images[held]
-        for place, row in enumerate(train):
+        last = images[pictures.heldout]
+        for place, row in enumerate(order[: len(order) - len(last)]):
             images[place] = images[row]
-        images[len(train) :] = last
-    return select(pictures._replace(images=None), np.concatenate([train, held]))._replace(images=images)
+        images[len(order) - len(last) :] = last
+    return select(pictures._replace(images=None), order)._replace(images=images)
 
 
 def side(pictures: Pictures, *, heldout: bool) -> Pictures:
@@ -399,10 +366,7 @@ def side(pictures: Pictures, *, heldout: bool) -> Pictures:
 
 
 def select(pictures: Pictures, rows) -> Pictures:
-    """The pictures of these rows; the fingerprint and the faults stay those of the whole.
-
-    Rows that stand together are not copied: `images` is then a part of the same array.
-    """
+    """The pictures of these rows, not copied where they stand together; fingerprint and faults are those of all."""
     rows = np.asarray(rows, int)
     consecutive = len(rows) > 0 and (np.diff(rows) == 1).all()
     part = slice(rows[0], rows[-1] + 1) if consecutive else rows
@@ -413,17 +377,17 @@ def select(pictures: Pictures, rows) -> Pictures:
 
 
 def check(root: Path) -> list[Fault]:
-    """Every faulty row, every row that no vendor has a picture for, and every broken picture of every vendor."""
+    """Every faulty row, then vendor by vendor every broken picture, and the first of each row that has none at all."""
     rows, present = read_rows(root), vendors(root)
-    faults, missing, broken = [row.fault for row in rows if row.fault], [], []
     if not present:
-        return [*faults, Fault("image", "there is no folder of a vendor in it, such as image/Google")]
-    for row, pictures in read_pictures(root, rows, present, (64, 64, 4)):
-        if pictures and all(what == MISSING for _, _, what in pictures):
-            missing.append(Fault(f"image/{present[0]}/{row.index}.png", MISSING))
-        named = [Fault(f"image/{vendor}/{row.index}.png", what) for vendor, _, what in pictures]
-        broken += [fault for fault in named if fault.what not in ("", MISSING)]
-    return faults + missing + sorted(broken, key=lambda fault: fault.where.split("/")[1])
+        rows_faults = [row.fault for row in rows if row.fault]
+        return [*rows_faults, Fault("image", "there is no folder of a vendor in it, such as image/Google")]
+    faults = []
+    for _, _, more in read_pictures(root, rows, present, (64, 64, 4)):
+        absent = [fault for fault in more if fault.what == MISSING]
+        faults += [fault for fault in more if fault.what != MISSING]
+        faults += absent[:1] if len(absent) == len(present) else []
+    return sorted(faults, key=lambda fault: fault.where.rpartition("/")[0])  # a row's has no folder, so comes first
 
 
 def styled(name: str, vendor: str) -> str:
@@ -432,10 +396,9 @@ def styled(name: str, vendor: str) -> str:
 
 
 def variants(pictures: Pictures) -> list[list[str]]:
-    """Other captions of each picture, at most VARIANTS, from keywords that its name does not have.
+    """Other captions of each picture, at most VARIANTS, from keywords that its name lacks; raises DatasetError.
 
-    Of "face, joy, smile" for "cat" these are "cat, face", "joy" and "cat, smile"; with several vendors each says whose
-    style it is. Raises DatasetError where no picture has a keyword.
+    Of "face, joy, smile" for "cat" these are "cat, face", "joy" and "cat, smile", with the style of several vendors.
     """
     several = len(set(pictures.folders)) > 1
     found = []

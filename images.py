@@ -1,7 +1,7 @@
 """Pictures for people: a captioned grid on white, PNG and GIF files, and bytes from and to the network's range.
 
 A grid is `columns` cells wide. Each cell shows one picture, enlarged or reduced to fit `cell` pixels, and its caption
-in quiet grey on at most two lines below. Transparency is shown as everywhere else: over a light checkerboard.
+in quiet grey on at most two lines below. What is transparent shows the white below.
 """
 
 import unicodedata
@@ -18,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from files import replacing
 
 LETTERS = 1000  # of a caption, the rest is not looked at: no two lines of a cell hold as many
-GREY, SQUARES = (110, 110, 115), ((255, 255, 255), (245, 245, 247))  # the captions, the checkerboard
+GREY = (110, 110, 115)  # of the captions
 
 
 def captioned_grid(
@@ -41,8 +41,7 @@ def captioned_grid(
     draw = ImageDraw.Draw(grid)
     for i, (image, lines) in enumerate(zip(images, texts, strict=True)):
         left, top = gap + i % columns * step_x, gap + i // columns * step_y
-        picture = _fitted(image if isinstance(image, Image.Image) else as_picture(image), cell)
-        grid.paste(picture, (left + (cell - picture.width) // 2, top + (cell - picture.height) // 2))
+        grid.paste(_fitted(image if isinstance(image, Image.Image) else as_picture(image), cell), (left, top))
         for row, text in enumerate(lines):
             middle = (left + cell / 2, top + cell + gap // 2 + row * line)
             draw.text(middle, text, font=font, fill=GREY, anchor="ma")
@@ -76,44 +75,28 @@ def _plain(text: str) -> str:
 
 
 def _fitted(image: Image.Image, cell: int) -> Image.Image:
-    """`image` as large as a cell allows, on the checkerboard where it is transparent."""
+    """`image` as large as fits, in the middle of a white square of `cell` pixels."""
     scale = cell / max(image.size)
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    see_through = image.has_transparency_data
-    image = image.convert("RGBA" if see_through else "RGB")
-    if size != image.size:
-        image = image.resize(size, Image.Resampling.LANCZOS)  # Pillow premultiplies RGBA for this by itself
-    if not see_through:
-        return image
-    square = max(4, cell // 12)
-    odd = np.add.outer(np.arange(size[1]) // square, np.arange(size[0]) // square) % 2
-    board = Image.fromarray(np.array(SQUARES, np.uint8)[odd])
-    board.paste(image, mask=image.getchannel("A"))
-    return board
+    width, height = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    image = image.convert("RGBA").resize((width, height), Image.Resampling.LANCZOS)  # premultiplied by Pillow itself
+    square = Image.new("RGB", (cell, cell), "white")
+    square.paste(image, ((cell - width) // 2, (cell - height) // 2), mask=image)
+    return square
 
 
 def save_png(image: Image.Image | np.ndarray, path: Path, metadata: dict | None = None) -> None:
-    """Write `image` with its `metadata` (as PNG text) beside `path`, then rename it there: never half a file.
-
-    Makes the folder; raises OSError with the path and the reason where that, or the writing, is impossible.
-    """
-    path = Path(path)
-    picture = image if isinstance(image, Image.Image) else as_picture(image)
+    """Write `image` with its `metadata` as PNG text, whole or not at all; makes the folder; raises OSError."""
     notes = PngInfo()
     for name, value in (metadata or {}).items():
         notes.add_text(str(name), str(value))
-    _save(picture, path, format="PNG", pnginfo=notes)
+    _save(image if isinstance(image, Image.Image) else as_picture(image), path, format="PNG", pnginfo=notes)
 
 
 def save_gif(images: Sequence[Image.Image], path: Path, *, cell: int, seconds: float = 0.12) -> None:
     """Write an endless film of `images`, enlarged to fit `cell` pixels on white, that pauses at its last picture."""
-    frames = []
-    for image in images:
-        shown = _fitted(image, cell)
-        frames.append(Image.new("RGB", (cell, cell), "white"))
-        frames[-1].paste(shown, ((cell - shown.width) // 2, (cell - shown.height) // 2))
-    times = [round(1000 * seconds)] * (len(frames) - 1) + [round(8000 * seconds)]
-    _save(frames[0], path, format="GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)
+    first, *others = (_fitted(image, cell) for image in images)
+    times = [round(1000 * seconds)] * len(others) + [round(8000 * seconds)]
+    _save(first, path, format="GIF", save_all=True, append_images=others, duration=times, loop=0)
 
 
 def _save(image: Image.Image, path: Path, **options) -> None:

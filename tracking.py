@@ -22,7 +22,7 @@ from typing import Literal
 from files import replacing
 
 Name = Literal["tensorboard", "wandb"]
-Values = dict[str, float | list[float]]  # of a line; in a list, the noise level next to the image comes first
+Curves, Levels = dict[str, float], dict[str, list[float]]  # of a line; the noise level next to the image comes first
 
 
 class TrackerError(ValueError):
@@ -45,15 +45,13 @@ class TensorBoard:
         self.writer = EventsWriter(str(folder / "events"), f".{step}.{uuid.uuid4().hex[:8]}")
         self._add(step + 1, session_log=SessionLog(status=SessionLog.START))
 
-    def write(self, step: int, values: Values) -> None:
-        for name, value in values.items():
-            if isinstance(value, list):
-                n, total, squares = len(value), sum(value), sum(v * v for v in value)
-                limits = [(i + 1) / n for i in range(n)]  # share of T
-                summary = self.summary.histogram_raw(name, 0.0, 1.0, n, total, squares, limits, value)
-            else:
-                summary = self.summary.scalar(name, value)
-            self._add(step, summary=summary)
+    def write(self, step: int, curves: Curves, levels: Levels) -> None:
+        for name, value in curves.items():
+            self._add(step, summary=self.summary.scalar(name, value))
+        for name, values in levels.items():
+            n, total, squares = len(values), sum(values), sum(value * value for value in values)
+            limits = [(i + 1) / n for i in range(n)]  # share of T
+            self._add(step, summary=self.summary.histogram_raw(name, 0.0, 1.0, n, total, squares, limits, values))
 
     def picture(self, step: int, name: str, path: Path) -> None:
         import numpy as np
@@ -72,10 +70,9 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run of Weights & Biases, named after the output folder; its id is kept there, so that a resumed run goes on.
+    """A run of Weights & Biases, named after the output folder, where its id is kept, so that a resumed run goes on.
 
-    Its curves are drawn over the value `step`, because wandb's own step may not go back to that of a checkpoint.
-    WANDB_PROJECT, WANDB_MODE and the like apply.
+    Its curves are over the value `step`, as wandb's own step cannot go back. WANDB_PROJECT and WANDB_MODE apply.
     """
 
     name, package, hint = "wandb", "wandb", "run `wandb login`, or set WANDB_MODE=offline to keep the run here"
@@ -85,21 +82,21 @@ class Wandb:
 
         id_file = output / "wandb-run.txt"
         run_id = id_file.read_text().strip() if step and id_file.exists() else uuid.uuid4().hex[:8]
-        project, settings = os.environ.get("WANDB_PROJECT", "emoji-diffusion"), wandb.Settings(console="off")
         self.histogram, self.image = wandb.Histogram, wandb.Image
         self.run = wandb.init(
-            project=project, name=output.name, id=run_id, resume="allow", dir=str(output), settings=settings
-        )
+            project=os.environ.get("WANDB_PROJECT", "emoji-diffusion"), name=output.name, id=run_id, resume="allow",
+            dir=str(output), settings=wandb.Settings(console="off"),
+        )  # fmt: skip
         self.run.config.update(config, allow_val_change=True)
         self.run.define_metric("*", step_metric="step")
         id_file.write_text(f"{run_id}\n")
 
-    def write(self, step: int, values: Values) -> None:
-        for name, value in values.items():
-            if isinstance(value, list):
-                edges = [i / len(value) for i in range(len(value) + 1)]  # share of T
-                values = {**values, name: self.histogram(np_histogram=(value, edges))}
-        self.run.log({"step": step, **values})
+    def write(self, step: int, curves: Curves, levels: Levels) -> None:
+        bars = {}
+        for name, values in levels.items():
+            edges = [i / len(values) for i in range(len(values) + 1)]  # share of T
+            bars[name] = self.histogram(np_histogram=(values, edges))
+        self.run.log({"step": step, **curves, **bars})
 
     def picture(self, step: int, name: str, path: Path) -> None:
         self.run.log({"step": step, name: self.image(str(path))})
@@ -139,9 +136,7 @@ class MetricsLog:
     seconds: of training before `step`. pictures: in an epoch.
     """
 
-    def __init__(
-        self, path: Path, step: int, seconds: float, *, pictures: int, B: int, trackers: Sequence[Tracker] = ()
-    ):
+    def __init__(self, path: Path, step: int, seconds: float, *, pictures: int, B: int, trackers: Sequence = ()):
         kept = ""
         for line in path.read_text().splitlines() if step and path.exists() else ():
             with suppress(json.JSONDecodeError):  # a line that was cut off
@@ -149,8 +144,8 @@ class MetricsLog:
         with replacing(path) as beside:
             beside.write_text(kept)
         self.path, self.pictures, self.B, self.trackers = path, pictures, B, list(trackers)
-        self.step, self.since = step, time.perf_counter()
-        self.began = self.since - seconds
+        self.step, self.reported = step, seconds  # of the last line
+        self.began = time.perf_counter() - seconds
 
     @property
     def seconds(self) -> float:
@@ -160,28 +155,27 @@ class MetricsLog:
     def write(self, step: int, metrics, more: Mapping | None = None) -> dict:
         """Add a line for the steps since the last one, from what they report (on the host); returns it.
 
-        `more` is what else is known at this step, numbers or lists of one number per noise level: learning_rate,
-        heldout_loss, heldout_loss_per_level. What is not finite is written as null.
+        `more`: what else is known, numbers or lists of one number per noise level. What is not finite becomes null.
         """
-        steps, skipped = step - self.step, int(metrics.skipped)
+        steps, skipped, seconds = step - self.step, int(metrics.skipped), self.seconds
         line = {
             "step": step,
             "images": step * self.B,
             "epoch": step * self.B / self.pictures,
-            "seconds": self.seconds,
+            "seconds": seconds,
             "loss": _mean(metrics.loss.sum(), metrics.count.sum()),
-            "loss_per_level": list(map(_mean, metrics.loss, metrics.count)),
+            "loss_per_level": [*map(_mean, metrics.loss, metrics.count)],
             "grad_norm": _mean(metrics.grad_norm, steps - skipped),
-            "images_per_second": steps * self.B / (time.perf_counter() - self.since),
+            "images_per_second": steps * self.B / (seconds - self.reported),
             "skipped": skipped,
             **{name: _plain(value) for name, value in (more or {}).items()},
         }
         with self.path.open("a") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
-        self.step, self.since = step, time.perf_counter()
-        values = {name: value for name, value in line.items() if name != "step" and value is not None}
-        values |= {name: [v or 0.0 for v in value] for name, value in values.items() if isinstance(value, list)}
-        self._tell(lambda tracker: tracker.write(step, values))
+        self.step, self.reported = step, seconds
+        levels = {name: [each or 0.0 for each in value] for name, value in line.items() if isinstance(value, list)}
+        curves = {name: value for name, value in line.items() if value is not None and name not in {"step", *levels}}
+        self._tell(lambda tracker: tracker.write(step, curves, levels))
         return line
 
     def picture(self, step: int, name: str, path: Path) -> None:
@@ -196,9 +190,7 @@ class MetricsLog:
         """Time that does not count as training."""
         start = time.perf_counter()
         yield
-        paused = time.perf_counter() - start
-        self.since += paused
-        self.began += paused
+        self.began += time.perf_counter() - start
 
     def _tell(self, tell: Callable[[Tracker], None]) -> None:
         with self.paused():
@@ -207,11 +199,8 @@ class MetricsLog:
                     tell(tracker)
                 except Exception as error:  # whatever a tracker raises is not worth the run
                     self.trackers.remove(tracker)
-                    print(
-                        f"\n{tracker.name} failed ({type(error).__name__}: {error}) and is told no more; "
-                        f"training goes on, {self.path} has every line",
-                        file=sys.stderr,
-                    )
+                    what = f"{tracker.name} failed ({type(error).__name__}: {error}) and is told no more"
+                    print(f"\n{what}; training goes on, {self.path} has every line", file=sys.stderr)
 
 
 def _mean(total: float, count: float) -> float | None:
@@ -220,8 +209,6 @@ def _mean(total: float, count: float) -> float | None:
 
 def _plain(value):
     """A number, or a list of them, as JSON can keep it: null where it is not finite."""
-    if value is None or isinstance(value, int):
-        return value
     if isinstance(value, Sequence) or getattr(value, "ndim", 0):
         return [_plain(each) for each in value]
-    return float(value) if math.isfinite(value) else None
+    return float(value) if value is not None and math.isfinite(value) else None

@@ -162,10 +162,10 @@ def prepare(root: Path, n: int, config: Params) -> Row:
     import files
 
     files.CACHE = root / "cache" / str(n)
-    size = {"height": config.H, "width": config.W, "channels": config.CHANNELS}
-    dataset.load(root / "1", vendor="made", limit=0, **size)
+    shape = (config.H, config.W, config.CHANNELS)
+    dataset.load(root / "1", vendor="made", limit=0, shape=shape)
     before, start = peak(), time.perf_counter()
-    pictures = dataset.load(root / str(n), vendor="made", limit=0, **size)
+    pictures = dataset.load(root / str(n), vendor="made", limit=0, shape=shape)
     return {"s": time.perf_counter() - start, "MiB": peak() - before, "bytes": pictures.images.nbytes}
 
 

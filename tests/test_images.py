@@ -1,9 +1,10 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from images import SQUARES, as_picture, captioned_grid, on_white, save_gif, save_png, to_bytes, to_float, wrapped
+from images import as_picture, captioned_grid, on_white, save_gif, save_png, to_bytes, to_float, wrapped
 
 FONT = ImageFont.load_default(12)
 
@@ -32,9 +33,10 @@ def test_margins_are_even_on_all_sides_and_between():
     assert len(set(gaps)) == 1
 
 
-def test_transparency_shows_the_checkerboard():
-    grid = np.asarray(captioned_grid(flat((250, 0, 0, 0)), [""], columns=1, cell=32))
-    assert {tuple(pixel) for pixel in grid.reshape(-1, 3)} == set(SQUARES)
+def test_transparency_shows_white():
+    assert (np.asarray(captioned_grid(flat((250, 0, 0, 0)), [""], columns=1, cell=32)) == 255).all()
+    half = np.asarray(captioned_grid(flat((255, 0, 0, 128)), [""], columns=1, cell=32))
+    assert ((half == 255) | (half == (255, 127, 127))).all()
 
 
 def test_pictures_of_any_shape_and_mode_keep_their_proportions():
@@ -159,22 +161,22 @@ def test_a_film_plays_every_picture_and_rests_at_the_last(tmp_path):
 
 
 def test_bytes_survive_the_way_to_floats_and_back():
-    every_byte = jnp.arange(256, dtype=jnp.uint8).reshape(1, 16, 16, 1)
-    floats = to_float(every_byte)
+    every_byte = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
+    floats = np.asarray(jax.jit(to_float)(every_byte))
     assert (floats.min(), floats.max()) == (-1, 1)
-    np.testing.assert_array_equal(to_bytes(floats), every_byte)
-    np.testing.assert_array_equal(to_bytes(jnp.array([[[[-3.0], [3.0]]]])).ravel(), [0, 255])
+    np.testing.assert_array_equal(jax.jit(to_bytes)(floats), every_byte)
+    np.testing.assert_array_equal(jax.jit(to_bytes)(jnp.array([[[[-3.0], [3.0]]]])).ravel(), [0, 255])
 
 
 def test_transparent_bytes_survive_the_way_to_floats_and_back():
-    colour, alpha = jnp.meshgrid(jnp.arange(256), jnp.arange(256))
-    rgba = jnp.stack([colour, 255 - colour, colour // 2, alpha], axis=-1).astype(jnp.uint8)
-    floats = to_float(rgba)
+    colour, alpha = np.meshgrid(np.arange(256), np.arange(256))
+    rgba = np.stack([colour, 255 - colour, colour // 2, alpha], axis=-1).astype(np.uint8)
+    floats = np.asarray(jax.jit(to_float)(rgba))
     assert (floats[0] == -1).all()  # what is transparent has no colour
     assert (floats[..., :3] <= floats[..., 3:] + 1e-6).all()
-    back = to_bytes(floats)
+    back = np.asarray(jax.jit(to_bytes)(floats))
     np.testing.assert_array_equal(back[1:], rgba[1:])
-    assert (back[0] == jnp.array([[255, 255, 255, 0]])).all()
+    assert (back[0] == [255, 255, 255, 0]).all()
 
 
 def test_transparent_pictures_are_laid_on_white():

@@ -39,8 +39,8 @@ class Listener:
             raise ConnectionError("no route to host")
         self.heard.append((what, *told))
 
-    def write(self, step, values):
-        self._hear("write", step, values)
+    def write(self, step, curves, levels):
+        self._hear("write", step, curves, levels)
 
     def picture(self, step, name, path):
         self._hear("picture", step, name, path)
@@ -63,8 +63,8 @@ def test_a_line_has_all_that_is_known_and_the_trackers_hear_it(tmp_path):
     assert (line["grad_norm"], line["skipped"], line["learning_rate"]) == (0.5, 2, 1e-3)  # of the two finite steps
     assert (line["heldout_loss"], line["heldout_loss_per_level"]) == (0.5, [0.25, None])
     levels = {"loss_per_level": [0.5, 0.0], "heldout_loss_per_level": [0.25, 0.0]}
-    values = {name: value for name, value in line.items() if name != "step"} | levels
-    assert listener.heard == [("write", 4, values), ("picture", 4, "samples", tmp_path / "a.png"), ("close",)]
+    curves = {name: value for name, value in line.items() if name not in ("step", *levels)}
+    assert listener.heard == [("write", 4, curves, levels), ("picture", 4, "samples", tmp_path / "a.png"), ("close",)]
 
 
 def test_what_is_not_finite_is_null(tmp_path):
@@ -103,7 +103,7 @@ def test_what_trackers_take_is_no_training_time(tmp_path, monkeypatch):
     monkeypatch.setattr(tracking.time, "perf_counter", lambda: now[0])
 
     class Slow(Listener):
-        def write(self, step, values):
+        def write(self, step, curves, levels):
             now[0] += 50
 
     log = MetricsLog(tmp_path / "metrics.jsonl", 0, 7.0, pictures=10, B=3, trackers=[Slow()])
@@ -136,7 +136,7 @@ def test_tensorboard_has_curves_bars_and_pictures_and_goes_on_where_the_run_does
     for start, steps in (0, (2, 4)), (2, (4,)):
         (board,) = tracking.trackers(["tensorboard"], tmp_path, step=start, config={})
         for step in steps:
-            board.write(step, {"loss": 0.5 / step, "loss_per_level": [0.5, 0.25]})
+            board.write(step, {"loss": 0.5 / step}, {"loss_per_level": [0.5, 0.25]})
             board.picture(step, "samples", grid)
         board.close()
     found = events(tmp_path / "tensorboard")
@@ -159,7 +159,7 @@ def test_wandb_goes_on_with_the_run_that_the_folder_remembers(tmp_path):
         Path("grid.png").write_bytes(Path(sys.argv[1]).read_bytes())
         for start in 0, 2, 0:
             (tracker,) = tracking.trackers(["wandb"], Path("run"), step=start, config={"B": 3 + start})
-            tracker.write(start + 2, {"loss": 0.5, "loss_per_level": [0.5, 0.25]})
+            tracker.write(start + 2, {"loss": 0.5}, {"loss_per_level": [0.5, 0.25]})
             tracker.picture(start + 2, "samples", Path("grid.png"))
             print("kept", Path("run/wandb-run.txt").read_text().strip(), tracker.run.id, tracker.run.config["B"])
             tracker.close()
