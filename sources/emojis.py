@@ -13,7 +13,6 @@ Preparing can be interrupted at any time. The CSV, which fixes the numbers, is w
 absent; and each picture carries the code points that it shows, so that a second run keeps exactly what is right.
 """
 
-import csv
 import hashlib
 import io
 import json
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import emoji
+import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
@@ -185,8 +185,8 @@ def prepare(root: Path, vendor: str = "") -> str:
     print(f"{source.vendor}: {len(source.pictures)} pictures: {source.title}")
     rows += _new_rows(rows, source.pictures)
     writable(root)
-    with replacing(root / CSV) as beside, beside.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
+    with replacing(root / CSV) as beside:
+        pd.DataFrame(rows, columns=COLUMNS).to_csv(beside, index=False, encoding="utf-8")
     folder = root / "image" / source.vendor
     rows = [row for row in rows if row[1] in source.pictures]
     for index, text, points, *_ in tqdm(rows, desc=source.vendor, unit=" pictures", disable=None):
@@ -240,20 +240,15 @@ def _read_rows(path: Path) -> list[list[str]]:
     if not path.exists():
         return []
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            lines = csv.reader(file, strict=True)
-            columns = next(lines, ["none"])
-            rows = [row for row in lines if row] if columns == COLUMNS else []
-        if wrong := [row for row in rows if len(row) != len(COLUMNS)]:
-            raise ValueError(f"{wrong[0]} should be {len(COLUMNS)} fields")
-    except (ValueError, csv.Error) as error:
+        table = pd.read_csv(path, dtype=str, na_filter=False, encoding="utf-8")
+    except (ValueError, pd.errors.ParserError) as error:
         raise DatasetError(f"{path} cannot be read ({error}); mend it, or move it away to start afresh") from None
-    if columns != COLUMNS:
+    if list(table.columns) != COLUMNS:
         raise DatasetError(
-            f"{path} is not of this program's making: its columns are {', '.join(columns[:12])}. "
+            f"{path} is not of this program's making: its columns are {', '.join(table.columns[:12])}. "
             "It is left as it is; use it with train.py directly, or prepare into another folder with --data"
         )
-    return rows
+    return table.values.tolist()
 
 
 def _new_rows(rows: list[list[str]], emojis: Iterable[str]) -> list[list[str]]:
