@@ -8,9 +8,13 @@ import os
 import shutil
 import tempfile
 from contextlib import contextmanager
+from importlib import metadata
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # these networks take longer to compile than to run
+if metadata.version("jaxlib").startswith("0.10."):  # and less long so; later versions do not know these flags
+    emitters = "--xla_cpu_use_fusion_emitters=false --xla_cpu_enable_concurrency_optimized_scheduler=false"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_parallel_codegen_split_count=1 {emitters}"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # set by the first process, for all that it starts
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="test-programs-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)

@@ -153,7 +153,7 @@ def test_ctrl_c_saves_and_a_resumed_run_equals_an_undisturbed_one(tmp_path, tiny
 
 
 def run_of(config, concepts, step=0):
-    return Run(config, Path(), Path(), None, None, concepts, {}, None, step, None)
+    return Run(config, Path(), Path(), None, concepts, {}, None, None, step, None)
 
 
 def calls(run, steps_per_call):
