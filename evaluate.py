@@ -123,6 +123,7 @@ class Subject(NamedTuple):
 
 def load(path: Path, options: Options) -> Subject:
     import dataset
+    from images import on_white
     from pipeline import DiffusionPipeline
 
     pipeline = DiffusionPipeline(path, options.encoder, ema=options.ema)
@@ -135,22 +136,16 @@ def load(path: Path, options: Options) -> Subject:
     return subject
 
 
-def on_white(pictures: np.ndarray) -> np.ndarray:
-    import images
-
-    return images.on_white(pictures) if pictures.shape[-1] == 4 else pictures
-
-
-def sample(subject: Subject, texts: list[str], seeds: list[int]) -> dict[str, np.ndarray]:
-    return {"images": on_white(subject.pipeline.generate_arrays(texts, subject.options.sampling, seeds=seeds))}
-
-
 def samples_of(subject: Subject, sets: dict[str, Captions]) -> dict[str, np.ndarray]:
     """uint8 samples of each set, on white, kept on disk batch by batch under a hash of all that they depend on."""
     import numpy as np
     from tqdm import tqdm
 
     from files import cached
+    from images import on_white
+
+    def sample(texts: list[str], seeds: list[int]) -> dict[str, np.ndarray]:
+        return {"images": on_white(subject.pipeline.generate_arrays(texts, subject.options.sampling, seeds=seeds))}
 
     recipe = [subject.pipeline.hash, subject.pipeline.resolved(subject.options.sampling).to_json()]
     samples = {on: [np.zeros((0, *subject.images["training"].shape[1:]), np.uint8)] for on in sets}
@@ -161,7 +156,7 @@ def samples_of(subject: Subject, sets: dict[str, Captions]) -> dict[str, np.ndar
         seeds = list(range(seed, seed + len(texts)))
         seed += len(texts)
         key = json.dumps([*recipe, texts, seeds])
-        samples[on].append(cached("samples", key, partial(sample, subject, texts, seeds))["images"])
+        samples[on].append(cached("samples", key, partial(sample, texts, seeds))["images"])
     return {on: np.concatenate(batches) for on, batches in samples.items()}
 
 
@@ -320,8 +315,6 @@ def evaluate(options: Options) -> None:
         return
     if options.samples < 2:
         raise ValueError(f"--samples {options.samples}: at least 2 are needed")
-    if options.report:
-        report.pyplot()  # missing? rather now than after the sampling
     run = checkpoint.checkpoints(options.checkpoint)
     over_time = [point_of_curve(load(path, options)) for path in run]
     if run:
@@ -337,12 +330,11 @@ def main() -> None:
     except ValueError as error:  # of Sampling, which says which field is wrong and what is allowed
         sys.exit(f"evaluate.py: {error}")
     import parallel
-    from text_encoder import EncoderError
 
     parallel.setup()
     try:
         evaluate(options)
-    except (EncoderError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"evaluate.py: {error}")
     except KeyboardInterrupt:
         sys.exit("\ninterrupted: what is sampled is kept, the same command goes on")

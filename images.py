@@ -126,7 +126,9 @@ def to_bytes(image: Float[Array, "... c"]) -> UInt8[Array, "... c"]:
     return jnp.round(whole).astype(jnp.uint8)
 
 
-def on_white(images: UInt8[np.ndarray, "... 4"]) -> UInt8[np.ndarray, "... 3"]:
-    """Transparent pictures laid on white."""
+def on_white(images: UInt8[np.ndarray, "... c"]) -> UInt8[np.ndarray, "... d"]:
+    """Pictures laid on white where they are transparent; without transparency, as they are."""
+    if images.shape[-1] != 4:
+        return images
     alpha = images[..., 3:].astype(np.float32) / 255
     return np.round(images[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)

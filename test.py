@@ -7,11 +7,9 @@ never seen. Writes a captioned grid and each picture into one folder; a picture'
     python test.py --prompts "cat face" --to "dog face"           from one prompt to another, a strip and a GIF
     python test.py --prompts "cat face" --animate                 each picture's way from noise, as a GIF
     python test.py --prompts "cat face" --image me.png            a picture changed; with --mask, in part
-    python test.py --sweep_c 1 3 7 --sweep_steps 5 10 20          guidance against steps
     python test.py --like validation_images/test/01_cat_face.png  that picture again, or with what you change beside it
 """
 
-import dataclasses
 import json
 import re
 import sys
@@ -48,8 +46,6 @@ class Options:
     frames: int = 8  # pictures of such an interpolation
     animate: bool = False  # write a GIF of each picture's way from noise
     like: Path | None = None  # start from the prompt, the seed and the choices that this PNG was sampled with
-    sweep_c: tuple[float, ...] = ()  # a grid of these guidances …
-    sweep_steps: tuple[int, ...] = ()  # … against these numbers of steps
 
 
 def main() -> None:
@@ -80,24 +76,17 @@ def remembered(path: Path) -> Options:
         raise ValueError(f"{path} was sampled by another version of this program: {error}") from None
 
 
-MODES = (  # what these options go with; any other would be ignored
-    ({"to", "to_seed"}, {"sampling", "prompts", "seed", "frames", "size", "like"}),
-    ({"sweep_c", "sweep_steps"}, {"sampling", "prompts", "seed", "size", "image", "mask", "strength", "like"}),
-)
-
-
 def refuse(options: Options) -> None:
     """Raise ValueError for options that contradict each other."""
     default = Options()
     given = {field for field in vars(options) if getattr(options, field) != getattr(default, field)}
-    for modes, beside in MODES:
-        for mode in sorted(given & modes):
-            if len(options.prompts) > 1:
-                raise ValueError(f"--{mode} is about one prompt, not {len(options.prompts)}: give one with --prompts")
-            if ignored := given - modes - beside - {"checkpoint", "encoder", "ema", "guide", "output"}:
-                named = ", ".join(f"--{field}" for field in sorted(ignored))
-                raise ValueError(f"--{mode} and {named} ask for different things: give one of them at a time")
-    if "frames" in given and not given & {"to", "to_seed"}:
+    if given & {"to", "to_seed"}:
+        if len(options.prompts) > 1:
+            raise ValueError(f"--to and --to_seed lead from one prompt, not {len(options.prompts)}: give one")
+        if ignored := given & {"image", "mask", "strength", "animate"}:
+            named = ", ".join(f"--{field}" for field in sorted(ignored))
+            raise ValueError(f"--to and {named} ask for different things: give one of them at a time")
+    elif "frames" in given:
         raise ValueError("--frames is about a way: say where it leads with --to or --to_seed")
     if given & {"mask", "strength"} and "image" not in given:
         raise ValueError("--mask and --strength are about a picture to start from: name it with --image")
@@ -117,8 +106,6 @@ def run(options: Options) -> str:
     edit = options.image and Edit(options.image, options.strength, options.mask)
     if options.to is not None or options.to_seed is not None:
         return interpolate(options, pipeline, prompts[0])
-    if options.sweep_c or options.sweep_steps:
-        return sweep(options, pipeline, prompts[0], edit)
     return sample(options, pipeline, prompts, edit)
 
 
@@ -159,21 +146,6 @@ def interpolate(options: Options, pipeline: "DiffusionPipeline", prompt: str) ->
     save_png(captioned_grid(images, captions, columns=len(images), cell=options.size), path, metadata)
     save_gif([*images, *images[-2::-1]], path.with_suffix(".gif"), cell=options.size)
     return f"{path} and {path.with_suffix('.gif').name} written: {len(images)} pictures from {prompt!r} to {to!r}"
-
-
-def sweep(options: Options, pipeline: "DiffusionPipeline", prompt: str, edit: "Edit | None") -> str:
-    """A grid of guidances against numbers of steps."""
-    from images import captioned_grid, save_png
-
-    sampling, seed = options.sampling, options.seed
-    guidances, steps = options.sweep_c or (sampling.c,), options.sweep_steps or (sampling.steps,)
-    every = [dataclasses.replace(sampling, c=c, steps=n) for n in steps for c in guidances]
-    every = [pipeline.resolved(each) for each in every]  # refuses a wrong one before the first is sampled
-    images = [pipeline.generate_images([prompt], each, seeds=seed, edit=edit)[0] for each in every]
-    captions = [f"c {each.c:g}, {each.steps} steps" for each in every]
-    path, metadata = options.output / f"sweep_{file_name(prompt)}.png", {"prompt": prompt, "seed": seed, "sweep": every}
-    save_png(captioned_grid(images, captions, columns=len(guidances), cell=options.size), path, metadata)
-    return f"{path} written: {prompt!r}, guidance from left to right, steps from top to bottom"
 
 
 def file_name(prompt: str) -> str:

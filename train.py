@@ -44,7 +44,6 @@ class Options:
     output: Path = Path("models_vA0")  # folder of the checkpoints and metrics.jsonl
     resume: bool = False  # go on from the newest whole checkpoint in the output folder, if there is one
     dry_run: bool = False  # print configuration, parameters, FLOPs and memory of a step, then stop
-    self_test: bool = False  # learn 8 pictures by heart in two minutes, say whether text steers them, then stop
     distributed: bool = False  # this process is one of several, found by SLURM or named by JAX_PROCESS_ID
     track: tuple[tracking.Name, ...] = ()  # where to watch the run, besides metrics.jsonl
 
@@ -59,9 +58,8 @@ def parse(args: list[str], saved: Params | None = None) -> Options:
         sys.exit(f"no preset {preset!r}{hint} (presets: {', '.join(PRESETS)})")
     if not named and "--distributed" in args:
         sys.exit("--distributed: name the preset, the same in every process: python train.py emoji64 --distributed")
-    only = [word for word in ("--distributed", "--self_test", "--dry_run") if word in args]
-    if len(only) > 1:
-        sys.exit(f"{' and '.join(only)} ask for different things: a run of many processes, a test or a forecast by one")
+    if {"--distributed", "--dry_run"} <= set(args):
+        sys.exit("--distributed and --dry_run ask for different things: a run of many processes, a forecast by one")
     if not named and saved is None and not {"-h", "--help"} & set(args):
         import parallel
 
@@ -266,19 +264,6 @@ def loop(run: "Run", state: "TrainState", source: "Memory | Stream") -> tuple["T
     return state, stopped_by
 
 
-def examine(config: Params) -> str | None:
-    """Whether code and data can learn; returns why not."""
-    from dataset import side
-    from evaluation.selftest import CANDIDATES, self_test
-
-    few = min(config.MAX_INDEX or CANDIDATES, CANDIDATES)
-    config = resolve(dataclasses.replace(config, stream=False, MAX_INDEX=few))
-    pictures, encoder = load_data(config)
-    verdict = self_test(config, side(pictures, heldout=False), encoder)
-    print(verdict)
-    return None if verdict.outcome == "PASS" else f"self-test: {verdict.outcome}"
-
-
 def command_to_resume() -> str:
     words = [word for word in sys.argv[1:] if word != "--resume"] + ["--resume"]
     return f"python train.py {shlex.join(words)}"
@@ -305,7 +290,7 @@ def main() -> None:
 
             ended = forecast(options.config)
         else:
-            ended = examine(options.config) if options.self_test else train(options)
+            ended = train(options)
         parallel.leave()
     except refused as error:
         sys.exit(f"train.py: {error}")

@@ -7,7 +7,6 @@ The other measures compare sets of features, one row per picture, of real pictur
 
     kid                  how far apart the two distributions are, unbiased and with a standard error
     frechet              the same between Gaussian fits; biased upwards for small sets, so only for equal sizes
-    precision_recall     share of the samples that look real, share of the real that could have been sampled
     neighbours           which training picture is nearest, and whether the sample is a copy of it
     r_precision          whether a sample is nearer to its own caption than to the others
 
@@ -148,28 +147,6 @@ def frechet(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]) -> float:
     eigenvalues = np.linalg.eigvalsh(cross @ cross.T)
     trace = (root_a**2).sum() + (root_b**2).sum() - 2 * np.sqrt(np.maximum(eigenvalues, 0)).sum()
     return float(((mean_a - mean_b) ** 2).sum() + trace)
-
-
-def precision_recall(
-    real: Float[np.ndarray, "n d"], samples: Float[np.ndarray, "m d"], *, k: int = 3
-) -> tuple[float, float]:
-    """Share of the samples in balls of the real, and of the real in balls of the samples  (Kynkäänniemi et al. 2019).
-
-    A ball reaches from a picture to its k-th nearest neighbour of the same set.
-    """
-    _check_rows(f"precision and recall with k = {k}", k + 1, real=real, samples=samples)
-    return _share_in_balls(samples, real, k), _share_in_balls(real, samples, k)
-
-
-def _share_in_balls(points: np.ndarray, centres: np.ndarray, k: int) -> float:
-    """Share of the points that lie in the ball of any centre, which reaches to the k-th nearest other centre."""
-    points, centres = (np.asarray(features, np.float64) for features in (points, centres))
-    radius, inside = np.empty(len(centres)), np.empty(len(points), bool)
-    for block in _blocks(len(centres)):
-        radius[block] = np.partition(squared_distances(centres[block], centres), k, axis=1)[:, k]  # the 0-th is itself
-    for block in _blocks(len(points)):
-        inside[block] = (squared_distances(points[block], centres) <= radius[None, :]).any(axis=1)
-    return float(inside.mean())
 
 
 def neighbours(samples: Float[np.ndarray, "n d"], training: Float[np.ndarray, "m d"]) -> Neighbours:

@@ -1,6 +1,6 @@
 """What `evaluate.py` measured, for people: results.json, tables of scores, and one HTML page.
 
-The page is one file: pictures and figures inside, no script, nothing fetched. Its first paragraphs, which say whether
+The page is one file: pictures inside, no script, nothing fetched. Its first paragraphs, which say whether
 the model is good, whether it is done and whether it copies, are computed from the scores and their errors.
 """
 
@@ -9,7 +9,7 @@ import dataclasses
 import html
 import io
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -81,14 +81,30 @@ def as_html(rows: Iterable[tuple[object, ...]]) -> str:
     return f"<table>{''.join(lines)}</table>"
 
 
-def curve(over_time: Sequence[dict]) -> str:
-    """A run's checkpoints as a table, and whether the run is done and copies."""
+def level_rows(levels: dict) -> list[tuple[str, ...]]:
+    """Loss at each noise level ± its standard error, of both averages on both sides of the split."""
+    rows = []
+    for ema, sets in levels.items():
+        for on, curve in sets.items():
+            pairs = zip(curve["mean"], curve["error"], strict=True)
+            cells = ("–" if mean is None else f"{mean:.4f} ± {error:.4f}" for mean, error in pairs)
+            rows.append((f"{on}, {ema} average", *cells))
+    return rows
+
+
+def curve_rows(over_time: Sequence[dict]) -> list[tuple[str, ...]]:
+    """The columns of OVER_TIME for each checkpoint of a run."""
     rows = [("pictures seen", *OVER_TIME)]
     for entry in over_time:
         found = [find(entry["scores"], *key) for key in OVER_TIME.values()]
         cells = ["–" if s is None else s.show() if s.share else f"{s.value.value:.4f}" for s in found]
         rows.append((f"{entry['images']:,}", *cells))
-    return "\n".join([as_text(rows), "", done(over_time), copying_since(over_time)])
+    return rows
+
+
+def curve(over_time: Sequence[dict]) -> str:
+    """A run's checkpoints as a table, and whether the run is done and copies."""
+    return "\n".join([as_text(curve_rows(over_time)), "", done(over_time), copying_since(over_time)])
 
 
 def comparison(paths: Sequence[Path]) -> str:
@@ -228,15 +244,15 @@ figure img { flex: 1; min-width: 0 }
 """
 LEGEND = """
 Shuffled: the same samples, their captions exchanged. Real: real pictures in the place of the samples, which is the
-floor of a distance or a copy rate and the ceiling of the rest. In brackets 95 % intervals. From KID to recall, samples
-of training captions are compared with the held-out pictures and those of held-out captions with the training pictures;
-so are the real pictures of the same captions, in equal number, as it matters here."""
+floor of a distance or a copy rate and the ceiling of the rest. In brackets 95 % intervals. By KID and Fréchet distance,
+samples of training captions are compared with the held-out pictures and those of held-out captions with the training
+pictures; so are the real pictures of the same captions, in equal number, as it matters here."""
 COPIES = """
 The sample, the training picture nearest to it, the second nearest; under d1 / d2 = 1/3 it counts as a copy."""
 
 
 def write_page(path: Path, results: dict, samples: dict, own: dict, training: np.ndarray, names: Sequence[str]) -> None:
-    """The page: answers, scores, curves, the samples nearest to training pictures, and samples of each set.
+    """The page: answers, scores, losses, the samples nearest to training pictures, and samples of each set.
 
     samples: uint8 [n, h, w, 1 or 3] by set of captions; own: the real picture of each caption, by set, where there are
     such; training and names: all training pictures and their captions.
@@ -256,8 +272,8 @@ def write_page(path: Path, results: dict, samples: dict, own: dict, training: np
             nearest.append(([samples[on][i], training[a], training[b]], caption))
     sections = {
         "Scores": f"{as_html(score_rows(results['scores']))}<small>{LEGEND}</small>",
-        "Loss at each noise level, the picture's side first, ± one standard error": levels_figure(results["levels"]),
-        "Over the pictures seen": over_time_figure(results["over_time"]) if results["over_time"] else "",
+        "Loss at each noise level, the picture's side first": as_html(level_rows(results["levels"])),
+        "Over the pictures seen": as_html(curve_rows(results["over_time"])) if results["over_time"] else "",
         "Nearest to a copy": f"<small>{COPIES}</small>{_grid(nearest)}",
     }
     for on, images in samples.items():
@@ -281,63 +297,10 @@ def _grid(tiles: Sequence[tuple[list[np.ndarray], str]]) -> str:
     """Pictures side by side over their caption, as many tiles in a row as fit."""
     figures = ""
     for images, caption in tiles:
-        shown = "".join(_image(as_picture(image).save) for image in images)
+        shown = ""
+        for image in images:
+            as_picture(image).save(data := io.BytesIO(), format="png")
+            shown += f"<img alt='' src='data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}'>"
         width = 5 * len(images)
         figures += f"<figure style='width: {width}rem'><div>{shown}</div>{html.escape(caption)}</figure>"
     return figures and f"<div class=grid>{figures}</div>"
-
-
-def _image(save: Callable) -> str:
-    """The picture that `save` writes, as part of a page."""
-    data = io.BytesIO()
-    save(data, format="png")
-    return f"<img alt='' src='data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}'>"
-
-
-def pyplot():
-    """matplotlib for figures without a screen; ValueError where it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("matplotlib is missing: pip install -r requirements-dev.txt") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    return plt
-
-
-def _figure_image(figure) -> str:
-    for axes in figure.axes:
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
-    image = _image(figure.savefig)
-    pyplot().close(figure)
-    return image
-
-
-def levels_figure(levels: dict) -> str:
-    """Loss at each noise level, of both averages on both sides of the split."""
-    figure, axes = pyplot().subplots(figsize=(6, 3.4), dpi=160, layout="constrained")
-    for ema, sets in levels.items():
-        for on, curve in sets.items():
-            mean, error = (np.array(curve[part], float) for part in ("mean", "error"))
-            axes.errorbar(np.arange(1, len(mean) + 1), mean, error, label=f"{on}, {ema} average")
-    axes.set(xlabel="noise level, tenths of T", ylabel="loss", yscale="log", xticks=(1, 5, 10))
-    return _figure_image(figure)
-
-
-def over_time_figure(over_time: Sequence[dict]) -> str:
-    """The columns of OVER_TIME over the pictures seen: losses, shares, and d1/d2."""
-    figure, panels = pyplot().subplots(1, 3, figsize=(12, 3.4), dpi=160, layout="constrained")
-    for label, key in OVER_TIME.items():
-        axes = panels[{"loss": 0, "d1/d2": 2}.get(key[0], 1)]
-        points = [(entry["images"], s.value) for entry in over_time if (s := find(entry["scores"], *key))]
-        if points:
-            images, intervals = zip(*points, strict=True)
-            value, low, high = np.array(intervals).T
-            axes.plot(images, value, marker="o", markersize=3, label=label)
-            if key[0] != "loss":  # whose error is that of the pictures, the same at every checkpoint
-                axes.fill_between(images, low, high, alpha=0.15)
-        axes.set_xlabel("pictures seen")
-    panels[0].set_yscale("log")
-    return _figure_image(figure)

@@ -136,17 +136,10 @@ def realism(by: str, on: str, samples: np.ndarray, own: np.ndarray, other: np.nd
     for the samples: equally many, of the same things, against the same set, so both have the bias of small sets.
     """
 
-    def measured(features: np.ndarray) -> dict[str, Interval]:
-        precision, recall = metrics.precision_recall(other, features)
-        distances = {
-            "KID": metrics.kid(other, features),
-            "Fréchet distance": Interval(metrics.frechet(other, features)),
-        }
-        return {**distances, "precision": Interval(precision), "recall": Interval(recall)}
-
-    found, real, n = [], measured(own), len(samples)
-    for name, value in measured(samples).items():
-        share = name in ("precision", "recall")
-        better = "higher" if share else "lower"
-        found.append(Score(name, on, by, value, real=real[name], better=better, share=share, n=n))
-    return found
+    lower = {"better": "lower", "n": len(samples)}
+    kid, floor = metrics.kid(other, samples), metrics.kid(other, own)
+    frechet, frechet_floor = (Interval(metrics.frechet(other, features)) for features in (samples, own))
+    return [
+        Score("KID", on, by, kid, real=floor, **lower),
+        Score("Fréchet distance", on, by, frechet, real=frechet_floor, **lower),
+    ]

@@ -478,7 +478,7 @@ def test_from_a_run_to_the_page_and_beside_another(call, monkeypatch):
     assert "new/a/report.html written" in said
     results = report.read(Path("new/a/results.json"))
     names = {score.name for score in results["scores"]}
-    assert {"KID", "Fréchet distance", "R-precision, top 5", "copy rate", "loss", "recall"} <= names
+    assert {"KID", "Fréchet distance", "R-precision, top 5", "copy rate", "loss"} <= names
     assert {score.by for score in results["scores"] if score.name == "KID"} == {"corners"}
     assert all(score.real for score in results["scores"] if score.name in ("KID", "copy rate", "R-precision, top 1"))
     assert results["notes"] == []
@@ -497,7 +497,7 @@ def test_from_a_run_to_the_page_and_beside_another(call, monkeypatch):
     assert "<b>bold</b>" in read.words
     assert all(source.startswith("data:image/png;base64,") for source in read.sources)
     nearest, pictures = 3 * (6 + 6 + 6), 2 * (12 + 6) + 6
-    assert len(read.sources) == 2 + nearest + pictures
+    assert len(read.sources) == nearest + pictures
     assert not {"script", "link"} & set(read.tags)
     assert "Is it done?" in read.words
 
@@ -519,7 +519,6 @@ def random_samples(monkeypatch):
 
 
 def test_pictures_of_another_data_set_are_allowed_with_a_note(call, random_samples, shapes, monkeypatch):
-    monkeypatch.setattr(report, "levels_figure", lambda levels: "")
     said = call("--checkpoint", "models/final", "--data", shapes, "--report", "c", *FEW)
     assert "note: the pictures are not those that the checkpoint was trained on" in said
     results = report.read(Path("c/results.json"))
@@ -572,9 +571,3 @@ def test_an_interruption_says_how_to_go_on(call, monkeypatch):
 )
 def test_what_cannot_be_evaluated_is_refused(call, words, message):
     assert message in call(*words)
-
-
-def test_without_matplotlib_a_report_says_so_before_it_samples(call, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    words = ("--checkpoint", "models/final", "--report", "f", *FEW)
-    assert "matplotlib is missing: pip install -r requirements-dev.txt" in call(*words)

@@ -123,36 +123,6 @@ def test_frechet_with_fewer_pictures_than_features_does_not_depend_on_the_axes_a
     assert abs(metrics.frechet(a, a)) < 1e-5
 
 
-def radius(x, k):
-    return NearestNeighbors(n_neighbors=k + 1).fit(x).kneighbors(x)[0][:, k]
-
-
-@pytest.mark.parametrize("k", [1, 3, 5])
-def test_precision_and_recall_are_those_of_scikit_learns_neighbours(k):
-    real, samples = features(1100, 4), features(90, 4, 0.5)
-    apart = pairwise.euclidean_distances(real, samples)
-    in_real, in_samples = apart <= radius(real, k)[:, None], apart <= radius(samples, k)[None, :]
-    expected = in_real.any(0).mean(), in_samples.any(1).mean()
-    np.testing.assert_allclose(metrics.precision_recall(real, samples, k=k), expected)
-
-
-def test_a_dropped_mode_costs_recall_but_no_precision():
-    left, right = features(200, 3), features(200, 3) + 100
-    both, samples = np.concatenate([left, right]), features(200, 3)
-    precision, recall = metrics.precision_recall(both, samples)
-    assert precision > 0.9
-    assert 0.4 < recall <= 0.5
-    precision, recall = metrics.precision_recall(samples, both)
-    assert 0.4 < precision <= 0.5
-    assert recall > 0.9
-
-
-def test_precision_and_recall_are_0_far_away_and_whole_for_the_set_itself():
-    real = features(50, 3)
-    assert metrics.precision_recall(real, real + 1000) == (0, 0)
-    assert metrics.precision_recall(real, real) == (1, 1)
-
-
 def test_neighbours_are_scikit_learns_where_all_training_pictures_differ():
     training, samples = features(1100, 12), features(1030, 12)
     distance, index = NearestNeighbors(n_neighbors=30).fit(training).kneighbors(samples)
@@ -205,10 +175,6 @@ def test_r_precision_is_the_rank_of_scikit_learns_cosine():
         (
             lambda: metrics.frechet(features(1, 2), features(9, 2)),
             "Fréchet distance needs at least 2 rows of `a`, got 1",
-        ),
-        (
-            lambda: metrics.precision_recall(features(9, 2), features(3, 2)),
-            "k = 3 needs at least 4 rows of `samples`, got 3",
         ),
         (lambda: metrics.neighbours(features(3, 2), features(1, 2)), "at least 2 rows of `training`, got 1"),
         (lambda: metrics.neighbours(features(3, 2), np.ones((5, 2))), "need 2 different training pictures"),

@@ -109,11 +109,9 @@ def test_from_nothing_to_pictures_and_on(call, tiny):
     said = call(sampling_script, "--prompts", "red disc", "--to", "green box", "--steps", "2", "--frames", "3")
     assert "test/red_disc_0_to_green_box_0.png and red_disc_0_to_green_box_0.gif written: 3 pictures" in said
     assert "--to and --image ask for different things" in call(sampling_script, "--to", "x", "--image", "y.png")
-    assert "--sweep_c is about one prompt, not 2" in call(sampling_script, "--sweep_c", "1", "--prompts", "a", "b")
+    assert "lead from one prompt, not 2" in call(sampling_script, "--to", "x", "--prompts", "a", "b")
     assert "--frames is about a way" in call(sampling_script, "--frames", "4")
-    said = call(sampling_script, "--prompts", "red disc", "--sweep_c", "2", "3", "--sweep_steps", "1", "2")
-    assert "validation_images/test/sweep_red_disc.png written: 'red disc', guidance from left to right" in said
-    assert "steps = 5000: allowed are" in call(sampling_script, "--sweep_steps", "2", "5000")
+    assert "steps = 5000: allowed are" in call(sampling_script, "--steps", "5000")
     words = ("--animate", "--steps", "2", "--image", "again/01_red_disc.png")
     said = call(sampling_script, "--prompts", "red disc", *words)
     assert "1 pictures beside it with a GIF each written" in said
