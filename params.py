@@ -172,18 +172,16 @@ PRESETS = {  # why each predicts what it does, on patches of that size: LOG.md, 
 
 
 Sampler = Literal["ddim", "ddpm", "heun", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m"]  # keys of samplers.SOLVERS
-Spacing = Literal["trailing", "log_snr"]  # keys of samplers.SPACINGS
 
 
 @dataclass(frozen=True)
 class Sampling(Fields):
-    FORMER = frozenset({"on_white"})
+    FORMER = frozenset({"on_white", "spacing"})
 
     c: float = within(7.0, 0, 1000)  # guidance: 1 follows the caption as learned in half the time, more insists on it
     negative_prompt: str = ""  # what to steer away from; if nothing is said, from the empty caption
     sampler: Sampler = "dpmpp_2m"  # how to get from noise to picture
     steps: int | None = within(None, 1, 100_000)  # of the sampler; 20 if nothing is said
-    spacing: Spacing = "trailing"  # of the steps
     eta: float | None = within(None, 0, 1)  # fresh noise (1: ancestral); if nothing is said, 1 for ddpm, dpmpp_2m_sde
     temperature: float = within(1.0, 0, 10)  # size of the fresh noise
     rescale: float = within(0.0, 0, 1)  # share by which the contrast that guidance adds is taken back

@@ -49,7 +49,7 @@ class DiffusionPipeline:
     """Samples pictures for prompts with the averaged weights of a checkpoint.
 
     Errors: CheckpointError where the checkpoint is missing, damaged or of another encoder; EncoderError where its
-    encoder cannot be had; ValueError for a prompt, sampling, seed, picture or size that cannot be sampled.
+    encoder cannot be had; ValueError for a prompt, sampling, seed or picture that cannot be sampled.
     """
 
     def __init__(
@@ -100,13 +100,11 @@ class DiffusionPipeline:
         self, prompt: str, output_path: str | Path | None = None, cfg: bool = True, c: float | None = None, *,
         steps: int | None = None, sampler: str | None = None, eta: float | None = None, seed: int = 0,
         negative_prompt: str | None = None, sampling: Sampling | None = None, edit: Edit | None = None,
-        size: int | None = None,
     ) -> Image.Image:  # fmt: skip
         """Sample one prompt; with output_path, write it as a PNG that remembers how it was made.
 
-        cfg and c: classifier-free guidance and its strength, 7 if nothing is said. size: width of the picture in
-        pixels, enlarged smoothly; the network's own if nothing is said. All other choices are fields of `sampling`;
-        those given by name here take precedence. edit: a picture to start from.
+        cfg and c: classifier-free guidance and its strength, 7 if nothing is said. All other choices are fields of
+        `sampling`; those given by name here take precedence. edit: a picture to start from.
         """
         if output_path is not None:
             path = Path(output_path)
@@ -116,23 +114,16 @@ class DiffusionPipeline:
         named = dict(c=c if cfg else 1.0, steps=steps, sampler=sampler, eta=eta, negative_prompt=negative_prompt)
         named = {field: value for field, value in named.items() if value is not None}
         sampling = dataclasses.replace(sampling or Sampling(), **named)
-        image = self.generate_images([prompt], sampling, seeds=seed, edit=edit, size=size)[0]
+        image = self.generate_images([prompt], sampling, seeds=seed, edit=edit)[0]
         if output_path is not None:
             save_png(image, path, self.metadata(prompt, seed, sampling, edit))
         return image
 
     def generate_images(
-        self, prompts: Sequence[str], sampling: Sampling | None = None, *, seeds: Seeds = 0, edit: Edit | None = None,
-        size: int | None = None,
-    ) -> list[Image.Image]:  # fmt: skip
+        self, prompts: Sequence[str], sampling: Sampling | None = None, *, seeds: Seeds = 0, edit: Edit | None = None
+    ) -> list[Image.Image]:
         """Sample any number of prompts, each from its own seed (or all from one)."""
-        if size is not None and not (isinstance(size, int) and 1 <= size <= 8192):
-            raise ValueError(f"size = {size}: allowed are whole numbers of pixels from 1 to 8192")
-        images = [as_picture(pixels) for pixels in self.generate_arrays(prompts, sampling, seeds=seeds, edit=edit)]
-        if size is None:
-            return images
-        height = max(1, round(size * self.config.H / self.config.W))
-        return [image.resize((size, height), Image.Resampling.LANCZOS) for image in images]
+        return [as_picture(pixels) for pixels in self.generate_arrays(prompts, sampling, seeds=seeds, edit=edit)]
 
     def generate_arrays(
         self, prompts: Sequence[str], sampling: Sampling | None = None, *, seeds: Seeds = 0, edit: Edit | None = None
@@ -183,7 +174,7 @@ class DiffusionPipeline:
         """`sampling` with nothing left open; ValueError for more steps than the schedule has."""
         eta = SOLVERS[sampling.sampler].eta if sampling.eta is None else sampling.eta
         steps = min(STEPS, self.config.T) if sampling.steps is None else sampling.steps
-        timesteps(self.schedule, sampling.spacing, steps)
+        timesteps(self.schedule, steps)
         return dataclasses.replace(sampling, eta=eta, steps=steps)
 
     def _sample(
@@ -207,7 +198,7 @@ class DiffusionPipeline:
         if worse is not None and sampling.negative_prompt:
             raise ValueError("negative_prompt and a guide exclude each other: both say what to steer away from")
 
-        times = timesteps(self.schedule, sampling.spacing, sampling.steps)
+        times = timesteps(self.schedule, sampling.steps)
         image = mask = None
         if edit is not None:
             strength, image, mask = self._open(edit)

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key, Num
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from schedule import Schedule
 
@@ -31,28 +31,11 @@ Images = Float[Array, "b h w c"]
 Denoise = Callable[[Images, Int[Array, "b"]], Images]
 
 
-def trailing(schedule: Schedule, steps: int) -> Num[np.ndarray, "n"]:
-    """Evenly spaced, the noisiest included (Lin et al. 2024, Table 2)."""
-    return np.linspace(schedule.T, 0, steps + 1)[:-1]
-
-
-def log_snr(schedule: Schedule, steps: int) -> Num[np.ndarray, "n"]:
-    """Evenly spaced in log SNR (Lu et al. 2022a, Section 3.4), after T from -10 up: below that all is noise."""
-    of_t = np.asarray(schedule.log_snr, np.float64)[1:]
-    wanted = np.linspace(max(of_t[-1], -10), of_t[0], steps)
-    t = 1 + np.abs(of_t[:, None] - wanted).argmin(axis=0)
-    t[0], number = schedule.T, np.arange(steps)
-    return np.maximum(np.minimum.accumulate(t + number) - number, steps - number)  # no timestep twice
-
-
-SPACINGS = {"trailing": trailing, "log_snr": log_snr}
-
-
-def timesteps(schedule: Schedule, spacing: str, steps: int) -> Int[np.ndarray, "n"]:
-    """steps + 1 strictly decreasing timesteps, the last of them 0."""
+def timesteps(schedule: Schedule, steps: int) -> Int[np.ndarray, "n"]:
+    """steps + 1 evenly spaced timesteps, T the first ("trailing", Lin et al. 2024, Table 2) and 0 the last."""
     if not 1 <= steps <= schedule.T:
         raise ValueError(f"steps = {steps}: allowed are whole numbers from 1 to the {schedule.T} steps of the schedule")
-    return np.round(np.append(SPACINGS[spacing](schedule, steps), 0)).astype(np.int32)
+    return np.round(np.linspace(schedule.T, 0, steps + 1)).astype(np.int32)
 
 
 class FreshNoise(NamedTuple):

@@ -45,7 +45,7 @@ def shapes(config: Params, pictures: int) -> tuple:
 def drawer(config: Params, data: Data, *, pictures: int, sampler: str, steps: int) -> Callable[[dict], jax.Array]:
     """weights -> pictures: this project's sampler on a guided batch."""
     sample = build_sampler(config)
-    timesteps = tuple(samplers.timesteps(schedule.from_config(config), "trailing", steps).tolist())
+    timesteps = tuple(samplers.timesteps(schedule.from_config(config), steps).tolist())
     text_emb, text_mask = (
         jnp.stack([part[1 : 1 + pictures], jnp.broadcast_to(part[0], part[1 : 1 + pictures].shape)], axis=1)
         for part in (data.text_emb, data.text_mask)

@@ -32,10 +32,10 @@ def test_errors_compare_as_those_of_the_velocity(tiny, prediction):
     config = dataclasses.replace(tiny, prediction=prediction)
     noise_schedule, t = schedule.from_config(config), jnp.array([1, 17, 50])
     image, noise, mistake = jnp.asarray(np.random.default_rng(0).normal(size=(3, 3, 4, 5, 2)), jnp.float32)
-    noisy = schedule.add_noise(noise_schedule, image, noise, t)
-    v = schedule.target(noise_schedule, image, noise, t, "v") + mistake
-    denoised = schedule.denoised_from_v(noise_schedule, noisy, v, t)
-    eps = schedule.eps_from_denoised(noise_schedule, noisy, denoised, t)
+    alpha, sigma = schedule.mix_at(noise_schedule, t)
+    noisy, v = alpha * image + sigma * noise, alpha * noise - sigma * image + mistake
+    denoised = alpha * noisy - sigma * v
+    eps = (noisy - alpha * denoised) / sigma
     right, predicted = (noise, image, v - mistake), (eps, denoised, v)
     of = ["eps", "x0", "v"].index(prediction)
     losses = np.mean((predicted[of] - right[of]) ** 2, axis=(1, 2, 3))

@@ -89,7 +89,7 @@ def test_known_pixels_come_back_exactly_and_travel_under_their_own_noise(name):
         jax.debug.callback(lambda noisy, t: seen.append((noisy, int(t))), noisy, t[0])
         return 0.1 * noisy
 
-    along = timesteps(schedule, "trailing", 6)
+    along = timesteps(schedule, 6)
     start = schedules.add_noise(schedule, image, noise, jnp.full(2, 1000))
     fresh = FreshNoise(jax.vmap(jax.random.key)(jnp.arange(2)), jnp.float32(0), jnp.float32(1))
     result, _ = SOLVERS[name].solve(inpaint(network, image, drawn), schedule, start, along, fresh)

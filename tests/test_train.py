@@ -293,14 +293,14 @@ def test_a_run_killed_twenty_times_ends_with_the_weights_of_an_undisturbed_one(t
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_the_last_good_state(call, tiny, monkeypatch):
-    load = dataloader.load
+    memory = dataloader.Memory
 
     def poisoned(*args):
-        source = load(*args)
+        source = memory(*args)
         source.data = source.data._replace(text_emb=jnp.full_like(source.data.text_emb, jnp.nan))
         return source
 
-    monkeypatch.setattr(dataloader, "load", poisoned)
+    monkeypatch.setattr(dataloader, "Memory", poisoned)
     said = call(train, *flags(dataclasses.replace(tiny, log_every=4, epochs=8, sample_every=9, save_every=9)))
     assert "up to step 4, 4 steps in a row were not finite, their loss already, and changed no weight" in said
     assert "; models_vA0/stopped written. Go on: python train.py quick" in said

@@ -35,15 +35,20 @@ class Linear(nnx.Module):
         return self.pixel(noisy) + (words * (1 - t[:, None] / 50))[:, None, None]
 
 
+def forget():
+    """What was built around one network, before another takes its place."""
+    for cached in (model.abstract, build, start):
+        cached.cache_clear()
+
+
 @pytest.fixture(autouse=True, scope="module")
 def linear():
     with pytest.MonkeyPatch.context() as patch:
         for module in (model, training):
             patch.setattr(module, "UNet", Linear)
-        model.abstract.cache_clear()
+        forget()
         yield
-    for cached in (model.abstract, build, start):
-        cached.cache_clear()
+    forget()
 
 
 @pytest.fixture(scope="module", name="data")
