@@ -68,6 +68,37 @@ def tiny(shapes):
     )  # fmt: skip
 
 
+@pytest.fixture(scope="session")
+def linear_network():
+    """A context in which a linear network stands for the U-Net: every input matters, and it compiles in a moment."""
+    from flax import nnx
+
+    import model
+    import training
+
+    class Linear(nnx.Module):
+        def __init__(self, config, text_dim, rngs):
+            self.pixel = nnx.Linear(config.CHANNELS, config.CHANNELS, rngs=rngs)
+            self.words = nnx.Linear(text_dim, config.CHANNELS, rngs=rngs)
+
+        def __call__(self, noisy, t, text_emb, text_mask, labels=None, dropout_key=None):
+            words = self.words((text_emb * text_mask[..., None]).mean(1))
+            return self.pixel(noisy) + (words * (1 - t[:, None] / 50))[:, None, None]
+
+    @contextmanager
+    def linear():
+        with pytest.MonkeyPatch.context() as patch:
+            for module in (model, training):
+                patch.setattr(module, "UNet", Linear)
+            init_state = training.init_state
+            patch.setattr(training, "init_state", lambda *arguments: init_state(*arguments))  # another one to jax.jit
+            model.abstract.cache_clear()
+            yield
+        model.abstract.cache_clear()
+
+    return linear
+
+
 @pytest.fixture
 def sealed(monkeypatch):
     """A context in which nothing passes between host and device but by jax.device_put and jax.device_get.

@@ -55,10 +55,10 @@ SLOW = pytest.mark.slow
 
 @pytest.mark.parametrize("prediction", ["v", pytest.param("eps", marks=SLOW), pytest.param("x0", marks=SLOW)])
 def test_one_batch_can_be_learned(tiny, data, prediction):
-    config = dataclasses.replace(tiny, prediction=prediction, B=5, learning_rate=5e-3, BASE_DIM=16)
+    config = dataclasses.replace(tiny, prediction=prediction, B=5)
     few = data._replace(images=data.images[:1] // 64 * 64)
     state, losses, zeros = fresh(config), [], dataloader.Rows(*np.zeros((2, 1, 5), np.int32))
-    for _ in range(150):
+    for _ in range(200):
         state, loss = build(config)(state, few, zeros, KEY)
         losses.append(loss)
-    assert np.mean(losses[-10:]) < 0.35 * np.mean(losses[:10])
+    assert np.mean(losses[-10:]) < 0.4 * np.mean(losses[:10])

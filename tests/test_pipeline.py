@@ -20,7 +20,7 @@ import schedule as schedules
 import training
 from images import on_white, save_png, to_bytes
 from model import abstract
-from params import Sampler, Sampling, Spacing
+from params import Sampler, Sampling
 from pipeline import DiffusionPipeline, Edit
 from test import remembered
 from text_encoder import TextEncoder
@@ -363,7 +363,6 @@ def test_a_negative_prompt_without_guidance_is_a_contradiction():
 
 def test_the_choices_of_the_help_are_the_tables_of_samplers():
     assert set(get_args(Sampler)) == set(samplers.SOLVERS)
-    assert set(get_args(Spacing)) == set(samplers.SPACINGS)
 
 
 def test_numbers_of_any_kind_are_kept_as_plain_ones(drawer, tmp_path):

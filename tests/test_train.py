@@ -57,6 +57,13 @@ def call(tmp_path, monkeypatch, capsys):
         signal.signal(number, handler)
 
 
+@pytest.fixture
+def linear(linear_network):
+    """Where a test is about the loop around the network."""
+    with linear_network():
+        yield
+
+
 def metrics(folder="models_vA0"):
     return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
 
@@ -185,7 +192,7 @@ def test_the_preset_for_a_gpu_needs_no_program_of_single_steps():
     assert set(calls(run_of(PRESETS["emoji64"], 1824), ema.EVERY)) == {ema.EVERY}
 
 
-def test_a_run_of_a_million_epochs_begins_at_once(call, tiny):
+def test_a_run_of_a_million_epochs_begins_at_once(call, tiny, linear):
     config = dataclasses.replace(tiny, epochs=1_000_000, minutes=0.02, sample_every=10**6, save_every=10**6)
     assert "models_vA0/final and" in call(train, *flags(config))
     about = checkpoint.about(Path("models_vA0/final"))
@@ -193,7 +200,7 @@ def test_a_run_of_a_million_epochs_begins_at_once(call, tiny):
     assert about["step"] == metrics()[-1]["step"] > 1
 
 
-def test_one_epoch_draws_what_it_learned_and_a_resumed_run_keeps_its_configuration(call, tiny, monkeypatch):
+def test_one_epoch_draws_what_it_learned_and_a_resumed_run_keeps_its_configuration(call, tiny, linear, monkeypatch):
     config = dataclasses.replace(tiny, epochs=1, B=8)  # a single step
     call(train, *flags(config))
     saved = weights("models_vA0/final", config)
@@ -209,7 +216,7 @@ def test_one_epoch_draws_what_it_learned_and_a_resumed_run_keeps_its_configurati
     assert "dropout was 0.0, now 0.2" in call(train, "quick", "--dropout", "0.2", "--resume")
 
 
-def test_an_accelerator_takes_steps_together_and_the_run_is_the_same(call, tiny, monkeypatch):
+def test_an_accelerator_takes_steps_together_and_the_run_is_the_same(call, tiny, linear, monkeypatch):
     config = dataclasses.replace(tiny, log_every=4, epochs=6, sample_every=1000, save_every=4)
     call(train, *flags(config), "--output", "by_itself")
     monkeypatch.setattr(parallel, "on_accelerator", lambda: True)
@@ -292,7 +299,7 @@ def test_a_run_killed_twenty_times_ends_with_the_weights_of_an_undisturbed_one(t
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_with_the_last_good_state(call, tiny, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run_with_the_last_good_state(call, tiny, linear, monkeypatch):
     memory = dataloader.Memory
 
     def poisoned(*args):
@@ -307,7 +314,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_the_last_good_state(call, 
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(weights("models_vA0/stopped", tiny)))
 
 
-def test_a_run_that_streams_its_pictures_learns_the_same(call, tiny):
+def test_a_run_that_streams_its_pictures_learns_the_same(call, tiny, linear):
     losses = []
     for config in tiny, dataclasses.replace(tiny, stream=True):
         assert "models_vA0/final and" in call(train, *flags(config))
@@ -316,7 +323,7 @@ def test_a_run_that_streams_its_pictures_learns_the_same(call, tiny):
     np.testing.assert_allclose(*losses, rtol=1e-4)  # the batches are equal, two programs round differently
 
 
-def test_a_picture_that_breaks_while_it_streams_ends_the_run_with_a_checkpoint(call, tiny, monkeypatch):
+def test_a_picture_that_breaks_while_it_streams_ends_the_run_with_a_checkpoint(call, tiny, linear, monkeypatch):
     decoded, seen = dataset.decoded, []
 
     def breaks(file, shape):

@@ -8,12 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 
 import checkpoint
 import dataloader
 import ema
-import model
 import parallel
 import schedule as schedules
 import training
@@ -23,32 +21,14 @@ TEXT_DIM = 5
 ROWS = dataloader.Rows(np.int32([[3, 1, 6], [0, 5, 2], [4, 4, 1], [6, 0, 3]]), np.int32([[4, 0, 7], [1, 6, 3]] * 2))
 
 
-class Linear(nnx.Module):
-    """Stands for the U-Net: every input matters to it."""
-
-    def __init__(self, config, text_dim, rngs):
-        self.pixel = nnx.Linear(config.CHANNELS, config.CHANNELS, rngs=rngs)
-        self.words = nnx.Linear(text_dim, config.CHANNELS, rngs=rngs)
-
-    def __call__(self, noisy, t, text_emb, text_mask, labels=None, dropout_key=None):
-        words = self.words((text_emb * text_mask[..., None]).mean(1))
-        return self.pixel(noisy) + (words * (1 - t[:, None] / 50))[:, None, None]
-
-
-def forget():
-    """What was built around one network, before another takes its place."""
-    for cached in (model.abstract, build, start):
-        cached.cache_clear()
-
-
 @pytest.fixture(autouse=True, scope="module")
-def linear():
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (model, training):
-            patch.setattr(module, "UNet", Linear)
-        forget()
+def linear(linear_network):
+    for cached in (build, start):
+        cached.cache_clear()
+    with linear_network():
         yield
-    forget()
+    for cached in (build, start):
+        cached.cache_clear()
 
 
 @pytest.fixture(scope="module", name="data")
