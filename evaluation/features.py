@@ -106,8 +106,6 @@ def load(name: str = DEFAULT) -> Extractor:
     if path.is_file() and path.suffix == ".onnx":
         return onnx(path)
     fault = "it is no .onnx file" if path.exists() else "there is no such file"
-    if path.is_dir():
-        fault = "it is a folder; a DINOv2, or another network of the Hugging Face hub, is used as an .onnx file"
     raise FeatureError(f"feature extractor {name!r}: {fault}.{WAYS}")
 
 

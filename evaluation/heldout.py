@@ -21,6 +21,7 @@ import dataloader
 import schedule as schedules
 from dataloader import Batch
 from dataset import Pictures, decoded
+from evaluation.scores import spread
 from images import to_float
 from model import network
 from params import Params
@@ -86,10 +87,9 @@ def build_measure(
 
 def build_monitor(config: Params, unseen: Pictures, encoder: TextEncoder) -> Callable[[dict], dict[str, float | list]]:
     """The function monitor(weights) -> loss on MONITORED of these pictures, as fields for metrics.jsonl."""
-    n = min(MONITORED, len(unseen.names))
-    if not n:
+    rows = spread(len(unseen.names), MONITORED)
+    if not len(rows):
         return lambda weights: {}
-    rows = np.linspace(0, len(unseen.names), n, endpoint=False).astype(int)
     shape = (config.H, config.W, config.CHANNELS)
     in_memory = unseen.images is not None
     images = unseen.images[rows] if in_memory else np.stack([decoded(unseen.file(row), shape) for row in rows])

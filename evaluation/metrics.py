@@ -149,7 +149,7 @@ def frechet(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]) -> float:
     return float(((mean_a - mean_b) ** 2).sum() + trace)
 
 
-def neighbours(samples: Float[np.ndarray, "n d"], training: Float[np.ndarray, "m d"]) -> Neighbours:
+def neighbours(samples: Real[np.ndarray, "n *shape"], training: Real[np.ndarray, "m *shape"]) -> Neighbours:
     """The nearest training picture of each sample, and the nearest of those that differ from that.
 
     A picture that is twice in the training set (the flags of France and St. Martin) would hide every copy of itself
@@ -158,7 +158,7 @@ def neighbours(samples: Float[np.ndarray, "n d"], training: Float[np.ndarray, "m
     """
     _check_rows("nearest neighbours", 1, samples=samples)
     _check_rows("nearest neighbours", 2, training=training)
-    samples, training = (np.asarray(features, np.float64) for features in (samples, training))
+    samples, training = (rows.reshape(len(rows), -1).astype(np.float64) for rows in (samples, training))
     twin = TWIN**2 * training.var(0).sum()
     index, distance = np.empty((len(samples), 2), int), np.empty((len(samples), 2))
     for block in _blocks(len(samples)):

@@ -247,8 +247,7 @@ Shuffled: the same samples, their captions exchanged. Real: real pictures in the
 floor of a distance or a copy rate and the ceiling of the rest. In brackets 95 % intervals. By KID and Fréchet distance,
 samples of training captions are compared with the held-out pictures and those of held-out captions with the training
 pictures; so are the real pictures of the same captions, in equal number, as it matters here."""
-COPIES = """
-The sample, the training picture nearest to it, the second nearest; under d1 / d2 = 1/3 it counts as a copy."""
+COPIES = "The sample, the training picture nearest to it, the second nearest; under d1 / d2 = 1/3 it counts as a copy."
 
 
 def write_page(path: Path, results: dict, samples: dict, own: dict, training: np.ndarray, names: Sequence[str]) -> None:

@@ -107,7 +107,7 @@ def spread(n: int, most: int) -> np.ndarray:
 def words_and_copies(
     by: str, samples: dict[str, np.ndarray], real: dict[str, np.ndarray], own: Sequence[int]
 ) -> tuple[list[Score], dict[str, metrics.Neighbours]]:
-    """Caption accuracy and copies by features [n, d], and the training pictures nearest to the samples of each set.
+    """Caption accuracy and copies, by pictures or features [n, …], and the training pictures nearest to each sample.
 
     Caption accuracy: is the nearest training picture, or one of the nearest five, the caption's own? A sample with
     d1 / d2 < 1/3 is a near-exact copy. That rule misses a copy whose colours guidance has changed, or that has
