@@ -50,10 +50,8 @@ def test_augmentation_and_dropout_that_never_happen_leave_a_step_as_it_is(tiny, 
     near(found.metrics.loss, plain.metrics.loss)
 
 
-SLOW = pytest.mark.slow
-
-
-@pytest.mark.parametrize("prediction", ["v", pytest.param("eps", marks=SLOW), pytest.param("x0", marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
 def test_one_batch_can_be_learned(tiny, data, prediction):
     config = dataclasses.replace(tiny, prediction=prediction, B=5)
     few = data._replace(images=data.images[:1] // 64 * 64)

@@ -96,6 +96,7 @@ def alone(four, tmp_path_factory):
     return folder, lambda: running and done([running.pop()])
 
 
+@pytest.mark.slow
 def test_two_processes_of_two_devices_train_as_one(four, alone, tmp_path):
     folder, ended = alone
     together = start(tmp_path, four, processes=2, devices=2)

@@ -251,8 +251,10 @@ def test_the_seal_lets_nothing_through_but_what_says_that_it_is_a_transfer(seale
         assert jax.device_get(double(jax.device_put(np.float32(3)))) == 6
 
 
-@pytest.mark.parametrize("steps_per_call", [4, pytest.param(1, marks=pytest.mark.slow)])
-def test_the_training_loop_makes_no_transfer_that_it_does_not_name(call, tiny, sealed, monkeypatch, steps_per_call):
+@pytest.mark.parametrize("steps_per_call", [4, 1])
+def test_the_training_loop_makes_no_transfer_that_it_does_not_name(
+    call, tiny, linear, sealed, monkeypatch, steps_per_call
+):
     class Bar(tqdm):
         """The bar around the loop."""
 
@@ -336,7 +338,7 @@ def test_a_picture_that_breaks_while_it_streams_ends_the_run_with_a_checkpoint(c
     assert 0 < checkpoint.about(Path("models_vA0/stopped"))["step"] < 60 // tiny.B
 
 
-def test_transparent_pictures_from_training_to_drawing(call, tiny):
+def test_transparent_pictures_from_training_to_drawing(call, tiny, linear):
     config = dataclasses.replace(tiny, CHANNELS=4, epochs=1)
     assert "models_vA0/final and" in call(train, *flags(config))
     call(sampling_script, "--prompts", "red disc", "--steps", "3")
@@ -344,7 +346,7 @@ def test_transparent_pictures_from_training_to_drawing(call, tiny):
         assert clear.mode == "RGBA"
 
 
-def test_a_dry_run_prints_the_cost_and_leaves_nothing(call, tiny, tmp_path):
+def test_a_dry_run_prints_the_cost_and_leaves_nothing(call, tiny, linear, tmp_path):
     said = call(train, *flags(dataclasses.replace(tiny, decay="cosine")), "--dry_run")
     assert "BASE_DIM           8\n" in said
     for cost in ("parameters ", "FLOPs per step ", "memory per step "):
