@@ -83,7 +83,7 @@ class TrainState(NamedTuple):
 def zero_metrics(streak: int = 0) -> Metrics:
     """Empty metrics, on the host; a streak that goes on is kept."""
     zeros = np.zeros(LEVELS, np.float32)
-    return Metrics(zeros, zeros, np.float32(0), np.int32(0), np.int32(streak))
+    return Metrics(zeros, zeros.copy(), np.float32(0), np.int32(0), np.int32(streak))
 
 
 def init_state(config: Params, text_dim: int, key: Key[Array, ""]) -> TrainState:
