@@ -282,11 +282,17 @@ def test_a_run_killed_twenty_times_ends_with_the_weights_of_an_undisturbed_one(t
     quiet = {**os.environ, "JAX_PLATFORMS": "cpu"}
     log = tmp_path / "models_vA0" / "metrics.jsonl"
     random = np.random.default_rng(0)
+
+    def lines():
+        return log.read_text().count("\n") if log.exists() and log.stat().st_mtime > started else None
+
     for _ in range(20):
         started = time.time()
         with (tmp_path / "said.txt").open("a") as said:
             running = subprocess.Popen(words, cwd=tmp_path, env=quiet, stdout=said, stderr=said)
-        while running.poll() is None and not (log.exists() and log.stat().st_mtime > started):
+        while running.poll() is None and (begun := lines()) is None:
+            time.sleep(0.02)  # until the log of this start is there, with the lines that it keeps
+        while running.poll() is None and lines() == begun:
             time.sleep(0.02)  # until it trains
         time.sleep(random.uniform(0, 3))
         assert running.poll() is None, (tmp_path / "said.txt").read_text()
