@@ -35,11 +35,6 @@ class CheckpointError(ValueError):
     """A checkpoint is missing, damaged, of other shapes or cannot be written; the message says which and what to do."""
 
 
-def save(path: Path, items: dict[str, dict], about: dict) -> None:
-    """Write trees of arrays and one JSON, and wait until they are complete; raises CheckpointError."""
-    Saver().save(path, items, about, now=True)
-
-
 class Saver(AbstractContextManager):
     """Saves in the background while training goes on, one checkpoint at a time.
 

@@ -239,3 +239,8 @@ class Stream:
         """Stop reading."""
         if self.batches is not None:
             self.batches.close()
+
+
+def load(pictures: Pictures, encoder: TextEncoder, config: Params) -> Memory | Stream:
+    """The source of a run's batches, in memory or on the disk as the configuration says."""
+    return (Stream if config.stream else Memory)(pictures, encoder, config)

@@ -45,7 +45,7 @@ class Options:
     report: Path | None = None  # folder for report.html and results.json
     compare: tuple[Path, ...] = ()  # results.json of two or more reports, to set side by side
     encoder: str | None = None  # where the text encoder is, if no longer where the checkpoint was trained
-    extractor: str = "efficientnet-lite0"  # of features: that, a folder with a DINOv2, or an .onnx file
+    extractor: str = "efficientnet-lite0"  # of features: that, or an .onnx file
     data: Path | None = None  # dataset, where it is no longer where the checkpoint was trained
     samples: int = 256  # pictures to sample
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
@@ -109,6 +109,11 @@ class Subject(NamedTuple):
     real: dict[str, Pictures]  # "training", "held-out"
     images: dict[str, np.ndarray]  # theirs on white, uint8 [n, h, w, 1 or 3]
     notes: list[str]  # what a reader must know; grows
+
+    @property
+    def seen(self) -> int:
+        """Pictures, by training."""
+        return self.pipeline.about["step"] * self.pipeline.config.B
 
     def note(self, what: str) -> None:
         self.notes.append(what)
@@ -244,8 +249,7 @@ def point_of_curve(subject: Subject) -> dict:
     chosen = evenly(subject.real["training"].names, CURVE)
     samples = samples_of(subject, {"training": chosen})
     by_pixels, _ = words_and_copies("pixels", samples, subject.images, chosen.own)
-    seen = subject.pipeline.about["step"] * subject.pipeline.config.B
-    return {"name": subject.path.name, "images": seen, "scores": [*losses(subject)[0], *by_pixels]}
+    return {"name": subject.path.name, "images": subject.seen, "scores": [*losses(subject)[0], *by_pixels]}
 
 
 def write_report(subject: Subject, over_time: list[dict]) -> None:
@@ -270,7 +274,7 @@ def write_report(subject: Subject, over_time: list[dict]) -> None:
     results = {
         "checkpoint": {
             "path": str(subject.path), "hash": pipeline.hash, "ema": options.ema, "step": pipeline.about["step"],
-            "images": pipeline.about["step"] * pipeline.config.B, "seconds": pipeline.about["seconds"],
+            "images": subject.seen, "seconds": pipeline.about["seconds"],
         },
         "config": pipeline.config.to_json(),
         "data": {

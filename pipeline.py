@@ -44,6 +44,11 @@ class Edit(NamedTuple):
     strength: float | None = None  # 0 … 1: share of the way from noise to picture; 0.6, or with a mask 1, if None
     mask: Image.Image | str | Path | None = None  # white is sampled anew, black is kept exactly
 
+    @property
+    def share(self) -> float:
+        """The strength, also where nothing is said."""
+        return self.strength if self.strength is not None else 0.6 if self.mask is None else 1.0
+
 
 class DiffusionPipeline:
     """Samples pictures for prompts with the averaged weights of a checkpoint.
@@ -165,7 +170,7 @@ class DiffusionPipeline:
         """How a picture is sampled: the text that its PNG carries, and that `python test.py --like FILE` reads."""
         sampling = self.resolved(sampling or Sampling()).to_json()
         about = {"prompt": prompt, "seed": str(seed), "sampling": json.dumps(sampling), "checkpoint": self.hash}
-        return about | ({"strength": str(self._open(edit)[0])} if edit else {})
+        return about | ({"strength": str(edit.share)} if edit else {})
 
     def resolved(self, sampling: Sampling) -> Sampling:
         """`sampling` with nothing left open; ValueError for more steps than the schedule has."""
@@ -198,8 +203,8 @@ class DiffusionPipeline:
         times = timesteps(self.schedule, sampling.steps)
         image = mask = None
         if edit is not None:
-            strength, image, mask = self._open(edit)
-            times = times[-1 - max(1, round(strength * sampling.steps)) :]
+            image, mask = self._open(edit)
+            times = times[-1 - max(1, round(edit.share * sampling.steps)) :]
         controls = jax.device_put(Controls(
             guidance=None if sampling.c == 1 else np.float32(sampling.c),
             rescale=np.float32(sampling.rescale),
@@ -223,11 +228,10 @@ class DiffusionPipeline:
             estimates += [jax.device_get(steps)[: n - first]] if trace else []
         return np.concatenate(images), np.concatenate(estimates) if trace else None
 
-    def _open(self, edit: Edit) -> tuple[float, UInt8[np.ndarray, "h w c"], Bool[np.ndarray, "h w 1"] | None]:
-        """Strength, picture and mask of an edit, each checked."""
-        strength = edit.strength if edit.strength is not None else 0.6 if edit.mask is None else 1.0
-        if not 0 < strength <= 1:
-            raise ValueError(f"strength = {strength}: allowed are numbers above 0 up to 1")
+    def _open(self, edit: Edit) -> tuple[UInt8[np.ndarray, "h w c"], Bool[np.ndarray, "h w 1"] | None]:
+        """Picture and mask of an edit; each is checked, and the strength."""
+        if not 0 < edit.share <= 1:
+            raise ValueError(f"strength = {edit.share}: allowed are numbers above 0 up to 1")
         size, opened = (self.config.W, self.config.H), {"mask": None}
         for name, picture, modes in (("image", edit.image, "RGB RGBA L LA P PA 1"), ("mask", edit.mask, "L 1")):
             if picture is None:
@@ -240,7 +244,7 @@ class DiffusionPipeline:
                 raise ValueError(f"{name}: its mode is {opened[name].mode}; save it in one of {modes}")
         image = dataset.fit(opened["image"].convert("RGBA"), *self.shape)
         mask = opened["mask"] and np.asarray(opened["mask"].convert("L"))[..., None] > 127
-        return strength, image, mask
+        return image, mask
 
 
 class _Network(NamedTuple):

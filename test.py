@@ -66,13 +66,12 @@ def remembered(path: Path) -> Options:
     with Image.open(path) as picture:
         text = getattr(picture, "text", {})
     try:
-        sampling, strength = Sampling.from_json(json.loads(text["sampling"])), text.get("strength")
-        return Options(
-            sampling, prompts=(text["prompt"],), seed=int(text["seed"]), strength=strength and float(strength)
-        )
+        sampling = Sampling.from_json(json.loads(text["sampling"]))
+        strength = float(text["strength"]) if "strength" in text else None
+        return Options(sampling, prompts=(text["prompt"],), seed=int(text["seed"]), strength=strength)
     except KeyError:
         raise ValueError(f"{path} does not say how it was sampled; name a PNG of test.py or generate_image") from None
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} was sampled by another version of this program: {error}") from None
 
 

@@ -53,7 +53,10 @@ DEFAULTS = SUPPORTED | {"num_hidden_layers": 12, "num_attention_heads": 12, "lay
 
 EMBEDDING = ["word_embeddings.weight", "position_embeddings.weight", "token_type_embeddings.weight"]
 NORM = ["LayerNorm.weight", "LayerNorm.bias"]
-LAYER = "encoder.layer."
+DENSE = [f"attention.self.{part}" for part in ("query", "key", "value")]
+DENSE += ["attention.output.dense", "intermediate.dense", "output.dense"]
+LAYER = [f"{part}.{kind}" for part in DENSE for kind in ("weight", "bias")]
+LAYER += [f"{part}.{norm}" for part in ("attention.output", "output") for norm in NORM]
 
 Weights = dict[str, dict[str, Array]]
 
@@ -119,10 +122,9 @@ def read_weights(file: Path, *, depth: int) -> Weights:
         with safe_open(file, "numpy") as tensors:
             names = tensors.keys()
             stored = {plain(name): name for name in names}
-            inner = [name.removeprefix(f"{LAYER}0.") for name in stored if name.startswith(f"{LAYER}0.")]
             weights = {
                 "embeddings": {name: read(f"embeddings.{name}") for name in EMBEDDING + NORM},
-                "layers": {name: np.stack([read(f"{LAYER}{i}.{name}") for i in range(depth)]) for name in inner},
+                "layers": {name: np.stack([read(f"encoder.layer.{i}.{name}") for i in range(depth)]) for name in LAYER},
             }
     except SafetensorError as error:
         raise EncoderError(f"{file} is damaged ({error}); delete it and fetch it again") from error

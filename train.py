@@ -152,8 +152,7 @@ def train(options: Options) -> str | None:
     with parallel.main_first("prepared"):
         config = resolve(config)
         pictures, encoder = load_data(config)
-        source = dataloader.Stream if config.stream else dataloader.Memory
-        source = source(dataset.side(pictures, heldout=False), encoder, config)
+        source = dataloader.load(dataset.side(pictures, heldout=False), encoder, config)
     held = int(pictures.heldout.sum())
     print(f"{len(pictures.names) - held} pictures of {config.vendor} to train on, {held} held out")
 

@@ -25,6 +25,7 @@ import parallel
 import schedule as schedules
 from augmentation import augment
 from dataloader import Batch, Data, Rows
+from kernels import scan
 from model import UNet, network
 from params import Params
 
@@ -82,8 +83,7 @@ class TrainState(NamedTuple):
 
 def zero_metrics(streak: int = 0) -> Metrics:
     """Empty metrics, on the host; a streak that goes on is kept."""
-    zeros = np.zeros(LEVELS, np.float32)
-    return Metrics(zeros, zeros.copy(), np.float32(0), np.int32(0), np.int32(streak))
+    return Metrics(*np.zeros((2, LEVELS), np.float32), np.float32(0), np.int32(0), np.int32(streak))
 
 
 def init_state(config: Params, text_dim: int, key: Key[Array, ""]) -> TrainState:
@@ -131,19 +131,19 @@ def optimizer(config: Params, steps: int) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(config.clip), adamw)
 
 
-def accumulate(objective: Callable, weights: dict, batch: tuple, parts: int, unroll: bool) -> tuple[Array, Array, dict]:
-    """Loss, loss of each picture, and gradient of a batch that is computed in parts, one after the other."""
+def accumulate(objective: Callable, weights: dict, batch: tuple, keys: Key[Array, "n"]) -> tuple[Array, Array, dict]:
+    """Loss, loss of each picture, and gradient of a batch that is computed in n parts, one after the other."""
 
     def split(rows: Array) -> Array:  # [B, …] -> [parts, B / parts, …]; no row leaves its device
-        return rows.reshape(-1, parts, *rows.shape[1:]).swapaxes(0, 1)
+        return rows.reshape(-1, len(keys), *rows.shape[1:]).swapaxes(0, 1)
 
     def add(total: tuple, part: tuple) -> tuple[tuple, Array]:
         (loss, losses), gradient = jax.value_and_grad(objective, has_aux=True)(weights, *part)
         return jax.tree.map(jnp.add, total, (loss, gradient)), losses
 
     zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, weights))
-    total, losses = jax.lax.scan(add, zero, jax.tree.map(split, batch), unroll=unroll)
-    loss, gradient = jax.tree.map(lambda total: total / parts, total)
+    total, losses = scan(add, zero, (*jax.tree.map(split, batch), keys))
+    loss, gradient = jax.tree.map(lambda total: total / len(keys), total)
     return loss, losses.T.ravel(), gradient
 
 
@@ -155,10 +155,9 @@ def build_train_step(config: Params, steps: int = 0) -> Callable:
     """
     assert steps or config.decay == "constant"
     schedule, tx = schedules.from_config(config), optimizer(config, steps)
-    unroll = jax.default_backend() == "cpu"  # where XLA runs convolutions inside a loop many times slower
 
     def objective(weights: dict, batch: Batch, noise: Array, t: Array, labels: Array | None, dropout_key: Array):
-        model, key = network(config, weights), dropout_key[0] if config.dropout else None
+        model, key = network(config, weights), dropout_key if config.dropout else None
         losses = squared_error(model, batch, noise, t, schedule, config.prediction, labels, key)  # [b]
         return (loss_weight(schedule, t, config) * losses).mean(), losses
 
@@ -170,10 +169,8 @@ def build_train_step(config: Params, steps: int = 0) -> Callable:
             batch = batch._replace(image=image)
         t = jax.random.randint(t_key, (config.B,), 1, config.T + 1)  # [B]
         noise = jax.random.normal(noise_key, batch.image.shape)  # [B, h, w, c]
-
         dropout_keys = jax.random.split(dropout_key, config.accumulate)
-        parts = (batch, noise, t, labels, dropout_keys)
-        loss, losses, gradient = accumulate(objective, state.weights, parts, config.accumulate, unroll)
+        loss, losses, gradient = accumulate(objective, state.weights, (batch, noise, t, labels), dropout_keys)
         updates, opt_state = tx.update(gradient, state.opt_state, state.weights)
         new, old = (optax.apply_updates(state.weights, updates), opt_state), (state.weights, state.opt_state)
 
@@ -192,8 +189,9 @@ def build_train_step(config: Params, steps: int = 0) -> Callable:
 
     @partial(jax.jit, donate_argnums=0, out_shardings=parallel.replicated())
     def train_step(state: TrainState, data: Data, rows: Rows | None, key: Key[Array, ""]):
-        take = partial(one_step, data=data, key=key)
-        state, losses = jax.lax.scan(take, state, rows, length=1 if rows is None else None, unroll=unroll)
+        if rows is None:
+            return one_step(state, None, data=data, key=key)
+        state, losses = scan(partial(one_step, data=data, key=key), state, rows)
         return state, losses[-1]
 
     return train_step

@@ -69,11 +69,10 @@ def build_measure(
     text_mask: Bool[np.ndarray, "n l"],
 ) -> Callable[[dict], Float[np.ndarray, "n levels"]]:
     """The function measure(weights) -> loss of each picture at each level; NaN where a level has no step."""
-    losses = build_losses(config)
+    losses, steps = build_losses(config), questions(len(images), config.T).ravel()
+    seeds = np.flatnonzero(steps)  # picture * LEVELS + level: which loss, and the seed of its noise
 
     def measure(weights: dict) -> Float[np.ndarray, "n levels"]:
-        steps = questions(len(images), config.T).ravel()
-        seeds = np.flatnonzero(steps)  # picture * LEVELS + level: which loss, and the seed of its noise
         found = np.full(len(steps), np.nan)
         for start in tqdm(range(0, len(seeds), BATCH), unit=" batches", leave=False, disable=None):
             rows = np.resize(seeds[start : start + BATCH], BATCH)

@@ -135,7 +135,6 @@ def realism(by: str, on: str, samples: np.ndarray, own: np.ndarray, other: np.nd
     ones, so that none meets the very picture that was trained on. `real` is the same with the captions' own pictures
     for the samples: equally many, of the same things, against the same set, so both have the bias of small sets.
     """
-
     lower = {"better": "lower", "n": len(samples)}
     kid, floor = metrics.kid(other, samples), metrics.kid(other, own)
     frechet, frechet_floor = (Interval(metrics.frechet(other, features)) for features in (samples, own))

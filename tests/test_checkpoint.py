@@ -34,7 +34,7 @@ def items(step):
 
 
 def small(path, step):
-    checkpoint.save(path, items(step), {"step": step, "words": ["κόσμος", None, 0.1]})
+    checkpoint.Saver().save(path, items(step), {"step": step, "words": ["κόσμος", None, 0.1]}, now=True)
 
 
 def read(path):
@@ -56,7 +56,9 @@ def test_what_is_saved_is_restored_in_its_structure_and_dtypes(tmp_path):
     ones, words = {"w": jnp.ones((2, 3))}, ["κόσμος", None, 0.1]
     train = {"pair": (jnp.arange(3, dtype=jnp.bfloat16), np.array([True, False])), "step": jnp.int32(7)}
     path = tmp_path / "new folder" / "final"
-    checkpoint.save(path, {"ema_short": ones, "ema_long": ones, "train": train}, {"step": 7, "words": words})
+    checkpoint.Saver().save(
+        path, {"ema_short": ones, "ema_long": ones, "train": train}, {"step": 7, "words": words}, now=True
+    )
     assert checkpoint.about(path) == {"step": 7, "words": words}
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), train)
     found = checkpoint.restore(path, {"train": shapes})
@@ -78,7 +80,7 @@ def test_an_optimizer_state_is_restored_as_any_class_of_the_same_fields(tmp_path
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.linear_schedule(1e-2, 0.0, 9)))
     updates, opt_state = optimizer.update(weights, optimizer.init(weights), weights)
     train = {"weights": optax.apply_updates(weights, updates), "opt_state": opt_state, "step": jnp.int32(1)}
-    checkpoint.save(tmp_path / "final", {"train": train}, {"step": 1})
+    checkpoint.Saver().save(tmp_path / "final", {"train": train}, {"step": 1}, now=True)
 
     found = checkpoint.restore(tmp_path / "final", {"train": jax.tree.map(jnp.zeros_like, train)})["train"]
     assert jax.tree.structure(found) == jax.tree.structure(train)
@@ -382,9 +384,9 @@ def test_a_full_disk_is_said_and_the_checkpoint_before_stays(tmp_path, full_disk
         assert f"Still whole: {tmp_path}/epoch1. Training goes on\n" in said
         assert said.count("\n") == 1
         for _ in range(2):  # in a new place, and over one that is whole
-            for save in (checkpoint.save, lambda *args: saver.save(*args, now=True)):
+            for one in (Saver(), saver):
                 with pytest.raises(CheckpointError, match=f"final cannot be written: .*Still whole: {tmp_path}/"):
-                    save(tmp_path / "final", {**items(2), "train": noise}, {"step": 2})
+                    one.save(tmp_path / "final", {**items(2), "train": noise}, {"step": 2}, now=True)
             small(tmp_path / "final", 3)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch1", "final"]
         assert (read(tmp_path / "epoch1"), read(tmp_path / "final")) == (1, 3)

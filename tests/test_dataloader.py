@@ -254,7 +254,7 @@ def config(tiny, root):
 
 def source(config, *, stream=False):
     some = dataset.from_config(config, decode=not stream)
-    return (dataloader.Stream if stream else dataloader.Memory)(some, Letters(), config)
+    return dataloader.load(some, Letters(), dataclasses.replace(config, stream=stream))
 
 
 def streamed(config, steps):
@@ -313,7 +313,7 @@ def test_a_batch_has_pictures_in_floats_and_their_captions(config):
 
 def test_a_cpu_trains_on_the_pictures_where_they_lie(tiny):
     pictures = dataset.from_config(tiny)
-    data, _ = dataloader.Memory(dataset.side(pictures, heldout=False), Letters(), tiny).at(0, 1)
+    data, _ = dataloader.load(dataset.side(pictures, heldout=False), Letters(), tiny).at(0, 1)
     np.testing.assert_array_equal(data.images, pictures.images)
     if len(jax.devices()) == 1:
         assert np.shares_memory(data.images, pictures.images)

@@ -420,7 +420,7 @@ def run(split, tiny, tmp_path_factory):
             "step": number, "seconds": number * 1.5,
         }  # fmt: skip
         items["train"] = {"step": np.int32(number)}
-        checkpoint.save(folder / name, items, about=json.loads(json.dumps(about)))
+        checkpoint.Saver().save(folder / name, items, about=json.loads(json.dumps(about)), now=True)
     return folder
 
 

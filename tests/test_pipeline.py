@@ -46,7 +46,7 @@ def trained(tiny, tmp_path_factory):
     about = {"config": tiny.to_json(), "encoder": encoder.identity, "step": 1, "prompts": ["red disc", "blue disc"]}
     about["schedule"] = {"name": "cosine", "T": tiny.T}
     items = {"ema_short": noise(state.ema.short), "ema_long": noise(state.ema.long), "train": {"step": state.step}}
-    checkpoint.save(path, items, about=json.loads(json.dumps(about)))
+    checkpoint.Saver().save(path, items, about=json.loads(json.dumps(about)), now=True)
     return path
 
 
@@ -61,7 +61,7 @@ def other(trained, tmp_path_factory):
     drawer = DiffusionPipeline(trained, ema="long")
     path = tmp_path_factory.mktemp("models") / "other"
     items = {"ema_short": drawer.weights, "ema_long": drawer.weights, "train": {"step": np.int32(1)}}
-    checkpoint.save(path, items, about=drawer.about)
+    checkpoint.Saver().save(path, items, about=drawer.about, now=True)
     drawer.path = path
     return drawer
 
@@ -410,7 +410,7 @@ def copy(trained, tmp_path, **changes):
     about = {**checkpoint.about(trained), **changes}
     like = jax.tree.map(np.asarray, DiffusionPipeline(trained).weights)
     items = {"ema_short": like, "ema_long": like, "train": {"step": np.int32(1)}}
-    checkpoint.save(tmp_path / "copy", items, about=about)
+    checkpoint.Saver().save(tmp_path / "copy", items, about=about, now=True)
     return tmp_path / "copy"
 
 
@@ -431,6 +431,8 @@ def test_weights_that_are_not_finite_draw_nothing(trained, tmp_path):
     path = copy(trained, tmp_path)
     broken = DiffusionPipeline(path)
     nan = jax.tree.map(lambda w: np.full(w.shape, np.nan, np.float32), broken.weights)
-    checkpoint.save(path, {"ema_short": nan, "ema_long": nan, "train": {"step": np.int32(1)}}, about=broken.about)
+    checkpoint.Saver().save(
+        path, {"ema_short": nan, "ema_long": nan, "train": {"step": np.int32(1)}}, about=broken.about, now=True
+    )
     with pytest.raises(checkpoint.CheckpointError, match="non-finite"):
         DiffusionPipeline(path)

@@ -321,6 +321,16 @@ def test_missing_names(tiny):
         TextEncoder(str(edit_config(tiny, num_hidden_layers=13)))
 
 
+@pytest.mark.parametrize("gone", ["encoder.layer.0.attention.self.query.bias", "encoder.layer."])
+def test_layers_that_are_missing_are_named(tiny, gone):
+    weights = load_file(tiny / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if not name.removeprefix("bert.").startswith(gone)}
+    assert len(kept) < len(weights)
+    save_file(kept, tiny / "model.safetensors")
+    with pytest.raises(EncoderError, match=r"no BERT of .*: encoder\.layer\.0\.attention.* is missing"):
+        TextEncoder(str(tiny))
+
+
 def test_broken_config(tiny):
     (tiny / "config.json").write_text("{")
     with pytest.raises(EncoderError, match=r"config\.json is not JSON"):

@@ -83,7 +83,7 @@ def test_stopping_and_going_on_equals_not_stopping(tiny, data, tmp_path):
     whole, _ = take(tiny, fresh(tiny), data, 4)
     half, _ = take(tiny, fresh(tiny), data, 2)
     items = training.to_checkpoint(half)
-    checkpoint.save(tmp_path / "epoch1", items, about={"step": 2})
+    checkpoint.Saver().save(tmp_path / "epoch1", items, about={"step": 2}, now=True)
     resumed = training.from_checkpoint(checkpoint.restore(checkpoint.newest(tmp_path), items))
     resumed, _ = take(tiny, parallel.replicate(resumed), data, 2, step=2)
     same(whole._replace(metrics=()), resumed._replace(metrics=()))
