@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -50,7 +51,9 @@ def said(running):
     finally:
         for process in running:
             process.kill()
-    out = ["".join(line for line in out.splitlines(True) if "[Gloo]" not in line) for out, _ in pairs]
+    # Gloo says "[Gloo] Rank 2 is connected to 3 peer ranks. …" in pieces, so that two ranks may tear each other's line
+    gloo = re.compile(r"\[Gloo\]|is connected to \d+ peer ranks")
+    out = ["".join(line for line in out.splitlines(True) if not gloo.search(line)) for out, _ in pairs]
     return out, [err for _, err in pairs], [process.returncode for process in running]
 
 
