@@ -45,7 +45,6 @@ class Options:
     report: Path | None = None  # folder for report.html and results.json
     compare: tuple[Path, ...] = ()  # results.json of two or more reports, to set side by side
     encoder: str | None = None  # where the text encoder is, if no longer where the checkpoint was trained
-    extractor: str = "efficientnet-lite0"  # of features: that, or an .onnx file
     data: Path | None = None  # dataset, where it is no longer where the checkpoint was trained
     samples: int = 256  # pictures to sample
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
@@ -261,10 +260,8 @@ def write_report(subject: Subject, over_time: list[dict]) -> None:
     options, pipeline, real = subject.options, subject.pipeline, subject.real
     extractor = None
     try:
-        extractor = features.load(options.extractor)
+        extractor = features.load()
     except features.FeatureError as error:
-        if options.extractor != features.DEFAULT:
-            raise
         subject.note(f"no scores in features: {error}")
     sets = choose(real["training"].names, real["held-out"].names, options.samples)
     samples = samples_of(subject, sets)

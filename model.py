@@ -61,7 +61,7 @@ def sinusoid(t: Int[Array, "b"], size: int) -> Float[Array, "b size"]:
 
 
 class TimestampNet(nnx.Module):
-    """Embedding of the step t: sinusoids, then an MLP."""
+    """Embed the step t by sinusoids (Vaswani et al. 2017), then by an MLP, as the network of Ho et al. 2020 does."""
 
     def __init__(self, T_dim: int, T_out: int, rngs: nnx.Rngs):
         self.T_dim = T_dim
@@ -69,8 +69,8 @@ class TimestampNet(nnx.Module):
         self.out = nnx.Linear(T_out, T_out, rngs=rngs)
 
     def __call__(self, t: Int[Array, "b"]) -> Float[Array, "b T_out"]:
-        waves = sinusoid(t, self.T_dim).astype(self.hidden.kernel.dtype)  # in float32 up to here
-        return self.out(nnx.silu(self.hidden(waves)))
+        waves = sinusoid(t, self.T_dim).astype(self.hidden.kernel.dtype)    # [b, T_dim], in float32 up to here
+        return self.out(nnx.silu(self.hidden(waves)))                       # [b, T_out]
 
 
 class ResBlock(nnx.Module):

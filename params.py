@@ -71,8 +71,8 @@ class Params(Fields):
     # Text
     encoder: str = "BAAI/bge-small-en"  # frozen BERT: a hub name or a folder
     TEXT_LEN: int = within(32, 2, 512)  # tokens of a caption; longer ones are cut
-    embedding_dropout: float = within(0.1, 0, 1)  # chance that a caption is replaced by the empty one, for guidance
-    caption_variants: float = within(0.0, 0, 1)  # chance that a caption is replaced by one made from the keywords
+    embedding_dropout: float = within(0.1, 0, 1)  # chance that training leaves a caption empty, which guidance needs
+    caption_variants: float = within(0.0, 0, 1)  # chance that training takes a caption made from the keywords instead
     augmentation: float = within(0.0, 0, 1)  # chance of each small change to a picture; the network is told of it
 
     # Diffusion
@@ -104,8 +104,8 @@ class Params(Fields):
     decay: Literal["constant", "cosine", "linear"] = "constant"  # of the learning rate after warm-up, to 0 at the end
     weight_decay: float = within(0.01, 0, 1)  # AdamW
     clip: float = within(1.0, 1e-6, 1e6)  # largest norm of a gradient
-    ema_short: float = within(0.05, 0.001, 0.28)  # length of the average of weights that samples, as a share of the run
-    ema_long: float = within(0.1, 0.001, 0.28)  # length of a second, longer average
+    ema_short: float = within(0.05, 0.001, 0.28)  # sampling averages the weights over about this share of the run
+    ema_long: float = within(0.1, 0.001, 0.28)  # the same of a second, longer average, for `--ema long`
     seed: int = within(0, 0, 2**31 - 1)  # of the initial weights, the order of the data, the noise
 
     # Records
@@ -169,11 +169,11 @@ Sampler = Literal["ddim", "ddpm", "heun", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m"
 class Sampling(Fields):
     FORMER = frozenset({"on_white", "spacing"})
 
-    c: float = within(7.0, 0, 1000)  # guidance: 1 follows the caption as learned in half the time, more insists on it
+    c: float = within(7.0, 0, 1000)  # guidance: 1 is none and takes half the time, more keeps closer to the caption
     negative_prompt: str = ""  # what to steer away from; if nothing is said, from the empty caption
     sampler: Sampler = "dpmpp_2m"  # how to get from noise to picture
     steps: int | None = within(None, 1, 100_000)  # of the sampler; 20 if nothing is said
-    eta: float | None = within(None, 0, 1)  # fresh noise (1: ancestral); if nothing is said, 1 for ddpm, dpmpp_2m_sde
+    eta: float | None = within(None, 0, 1)  # share of fresh noise; if nothing is said, 1 for ddpm, dpmpp_2m_sde, else 0
     temperature: float = within(1.0, 0, 10)  # size of the fresh noise
     rescale: float = within(0.0, 0, 1)  # share by which the contrast that guidance adds is taken back
     interval: tuple[float, float] = (0.0, 1.0)  # noise levels t / T that are guided

@@ -69,12 +69,12 @@ class DiffusionPipeline:
             raise ValueError(f"ema = {ema!r}: allowed are 'short' and 'long'")
         parallel.setup()
         own = _load(Path(checkpoint), encoder, ema)
-        worse = None if guide is None else _load(Path(guide), own.encoder, ema)
-        for field in ("H", "W", "CHANNELS", "T", "TEXT_LEN", "zero_terminal_snr") if worse else ():
-            here, there = getattr(own.config, field), getattr(worse.config, field)
+        other = None if guide is None else _load(Path(guide), own.encoder, ema)
+        for field in ("H", "W", "CHANNELS", "T", "TEXT_LEN", "zero_terminal_snr") if other else ():
+            here, there = getattr(own.config, field), getattr(other.config, field)
             if here != there:
                 raise ValueError(f"guide = {guide}: {field} is {there}, that of {checkpoint} {here}; take another")
-        self._assemble(own, worse)
+        self._assemble(own, other)
 
     @classmethod
     def from_weights(cls, config: Params, encoder: TextEncoder, weights: dict):
@@ -83,20 +83,20 @@ class DiffusionPipeline:
         self._assemble(_Network({"config": config.to_json()}, config, encoder, weights))
         return self
 
-    def _assemble(self, own: "_Network", worse: "_Network | None" = None) -> None:
+    def _assemble(self, own: "_Network", guide: "_Network | None" = None) -> None:
         self.about, self.config, self.encoder, self.weights = own
-        self._worse, self.shape = worse, (self.config.H, self.config.W, self.config.CHANNELS)
+        self._guide, self.shape = guide, (self.config.H, self.config.W, self.config.CHANNELS)
         self.schedule = schedules.from_config(self.config)
         self.batch = 16 if parallel.on_accelerator() else 1  # pictures per call; a CPU is as fast with one as with many
-        self._sampler = build_sampler(self.config, worse and worse.config)
+        self._sampler = build_sampler(self.config, guide and guide.config)
 
     @cached_property
     def hash(self) -> str:
         """SHA-256 of all that samples: weights, configuration as it was saved, encoder, guide."""
-        worse = self._worse
-        identity = [self.about["config"], worse and worse.about["config"], self.encoder.identity["sha256"]]
+        guide = self._guide
+        identity = [self.about["config"], guide and guide.about["config"], self.encoder.identity["sha256"]]
         digest = hashlib.sha256(json.dumps(identity).encode())
-        for path, leaf in jax.tree.leaves_with_path((self.weights, worse and worse.weights)):
+        for path, leaf in jax.tree.leaves_with_path((self.weights, guide and guide.weights)):
             digest.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
         return digest.hexdigest()
 
@@ -173,10 +173,9 @@ class DiffusionPipeline:
         return about | ({"strength": str(edit.share)} if edit else {})
 
     def resolved(self, sampling: Sampling) -> Sampling:
-        """`sampling` with nothing left open; ValueError for more steps than the schedule has."""
+        """`sampling` with nothing left open."""
         eta = SOLVERS[sampling.sampler].eta if sampling.eta is None else sampling.eta
         steps = min(STEPS, self.config.T) if sampling.steps is None else sampling.steps
-        timesteps(self.schedule, steps)
         return dataclasses.replace(sampling, eta=eta, steps=steps)
 
     def _sample(
@@ -196,8 +195,8 @@ class DiffusionPipeline:
         for seed in (seed for each in seeds for seed in each):
             if not (isinstance(seed, int | np.integer) and 0 <= seed < 2**31):
                 raise ValueError(f"seed = {seed}: allowed are whole numbers from 0 to {2**31 - 1}")
-        sampling, worse = self.resolved(sampling or Sampling()), self._worse
-        if worse is not None and sampling.negative_prompt:
+        sampling, guide = self.resolved(sampling or Sampling()), self._guide
+        if guide is not None and sampling.negative_prompt:
             raise ValueError("negative_prompt and a guide exclude each other: both say what to steer away from")
 
         times = timesteps(self.schedule, sampling.steps)
@@ -221,7 +220,7 @@ class DiffusionPipeline:
             part = None if share is None else share[rows]
             request = jax.device_put(Request(seeds[rows], text_emb[text[rows]], text_mask[text[rows]], part))
             sample, steps = self._sampler(
-                self.weights, worse and worse.weights, request, controls,
+                self.weights, guide and guide.weights, request, controls,
                 sampler=sampling.sampler, timesteps=tuple(times.tolist()), trace=trace,
             )  # fmt: skip
             images.append(jax.device_get(sample)[: n - first])

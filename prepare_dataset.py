@@ -39,9 +39,10 @@ def main(options: Options) -> int:
         counts = [f"{len([*(root / 'image' / vendor).glob('*.png')])} {vendor}" for vendor in dataset.vendors(root)]
         verdict = f"{len(faults)} faulty rows and pictures" if faults else "no faults"
         print(f"{root}: {verdict}; pictures: {', '.join(counts) or 'none'}")
-        if not options.check and not faults:
-            print("Next: python train.py quick")
-        return 1 if faults else 0
+        if options.check:
+            return 1 if faults else 0
+        print("Next: python train.py quick")
+        return 0
     except (dataset.DatasetError, PackageError, OSError) as error:
         print(f"prepare_dataset.py: {error}", file=sys.stderr)
     except KeyboardInterrupt:

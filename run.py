@@ -151,14 +151,15 @@ def start(
     step, seconds = 0, 0.0
     if newest is not None:
         saved = checkpoint.about(newest)
-        for part in ("encoder", "dataset"):
+        for part in ("schedule", "encoder", "dataset"):
             if saved[part] != about[part]:
                 what = f"the {part} of {newest} was {saved[part]}, now it is {about[part]}"
                 raise checkpoint.CheckpointError(f"--resume: {what}; train a new run with --output FOLDER")
         step, seconds = saved["step"], saved["seconds"]
         restored = checkpoint.restore(newest, training.to_checkpoint(state))
         state = parallel.replicate(training.from_checkpoint(restored))
-        print(f"resumed from {newest}, step {step}")
+        about["prompts"] = saved["prompts"]
+        print(f"resumed from {newest}, step {step}, with the configuration that it was saved with")
     parallel.check_equal(**{part: about[part] for part in ("config", "encoder", "dataset")}, step=step)
 
     concepts, log = len(set(shown.indexes)), None

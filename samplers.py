@@ -12,9 +12,8 @@ so a step needs only the mean of denoised over it, weighted by e^λ. The solvers
     dpmpp_2m   a line through the last two estimates, at half a step       order 2
     dpmpp_3m   a parabola through the last three, averaged exactly         order 3
 
-All have one signature. eta = 0 solves the ODE, and the orders are meant for it; eta = 1 replaces as much noise in each
-step as ancestral sampling does: `ddpm` is ddim with it, `dpmpp_2m_sde` is dpmpp_2m with it. To add a solver, write a
-function, add its line to SOLVERS, and its name to `Sampler` in params.py.
+All have one signature, and all take `step_towards`. eta = 0 solves the ODE, with the orders above. eta = 1 replaces as
+much noise in each step as ancestral sampling does: `ddpm` is ddim with it, `dpmpp_2m_sde` is dpmpp_2m with it.
 """
 
 from collections.abc import Callable
@@ -29,13 +28,23 @@ from schedule import Schedule
 
 Images = Float[Array, "b h w c"]
 Denoise = Callable[[Images, Int[Array, "b"]], Images]
+Times = Int[np.ndarray, "n"]
+Solved = tuple[Images, Float[Array, "n-1 b h w c"]]  # the image, and the estimate of it at each step
 
 
-def timesteps(schedule: Schedule, steps: int) -> Int[np.ndarray, "n"]:
-    """steps + 1 evenly spaced timesteps, T the first ("trailing", Lin et al. 2024, Table 2) and 0 the last."""
-    if not 1 <= steps <= schedule.T:
-        raise ValueError(f"steps = {steps}: allowed are whole numbers from 1 to the {schedule.T} steps of the schedule")
-    return np.round(np.linspace(schedule.T, 0, steps + 1)).astype(np.int32)
+def step_towards(noisy: Images, denoised: Images, step: "Step", fresh: "FreshNoise") -> Images:
+    """One step towards `denoised`, with eta times the fresh noise of ancestral sampling  (Song et al. 2021a, Eq. 16).
+
+    Every solver calls it with its own estimate of the mean of `denoised` over the step. `remaining` is
+    sqrt(sigma'² - new²) / sigma, written so that it loses no digits at eta = 1.
+    """
+    decay = (step.alpha * step.sigma_next) / (step.alpha_next * step.sigma)  # e^-h
+    new = fresh.eta * step.sigma_next * jnp.sqrt((1 - decay) * (1 + decay))
+    remaining = step.sigma_next / step.sigma * jnp.sqrt((1 - fresh.eta) * (1 + fresh.eta) + (fresh.eta * decay) ** 2)
+    mean = remaining * noisy + (step.alpha_next - remaining * step.alpha) * denoised
+    keys = jax.vmap(jax.random.fold_in, (0, None))(fresh.keys, step.number)
+    noise = jax.vmap(lambda key: jax.random.normal(key, noisy.shape[1:]))(keys)
+    return mean + fresh.temperature * new * noise
 
 
 class FreshNoise(NamedTuple):
@@ -58,7 +67,14 @@ class Step(NamedTuple):
     sigma_next: Float[Array, "*n"]
 
 
-def steps_between(schedule: Schedule, timesteps: Int[np.ndarray, "n"]) -> tuple[Step, Float[np.ndarray, "n-1"]]:
+def timesteps(schedule: Schedule, steps: int) -> Int[np.ndarray, "n"]:
+    """steps + 1 evenly spaced timesteps, T the first ("trailing", Lin et al. 2024, Table 2) and 0 the last."""
+    if not 1 <= steps <= schedule.T:
+        raise ValueError(f"steps = {steps}: allowed are whole numbers from 1 to the {schedule.T} steps of the schedule")
+    return np.round(np.linspace(schedule.T, 0, steps + 1)).astype(np.int32)
+
+
+def steps_between(schedule: Schedule, timesteps: Times) -> tuple[Step, Float[np.ndarray, "n-1"]]:
     """The steps from each timestep to the next, and their lengths h in λ, infinite where a step ends at t = 0."""
     t, t_next = jnp.asarray(timesteps[:-1]), jnp.asarray(timesteps[1:])
     mixes = (part[index] for index in (t, t_next) for part in (schedule.alpha, schedule.sigma))
@@ -68,25 +84,7 @@ def steps_between(schedule: Schedule, timesteps: Int[np.ndarray, "n"]) -> tuple[
     return Step(jnp.arange(len(t)), t, t_next, *mixes), h
 
 
-def step_towards(noisy: Images, denoised: Images, step: Step, fresh: FreshNoise) -> Images:
-    """One step towards `denoised`, with eta times the fresh noise of ancestral sampling  (Song et al. 2021a, Eq. 16).
-
-    Every solver takes this step, each with its own estimate of the mean of `denoised` over it.
-    sqrt(sigma'² - new²) / sigma of `noisy` remains, here in a form that loses no digits at eta = 1.
-    """
-    decay = (step.alpha * step.sigma_next) / (step.alpha_next * step.sigma)  # e^-h
-    new = fresh.eta * step.sigma_next * jnp.sqrt((1 - decay) * (1 + decay))
-    remaining = step.sigma_next / step.sigma * jnp.sqrt((1 - fresh.eta) * (1 + fresh.eta) + (fresh.eta * decay) ** 2)
-    mean = remaining * noisy + (step.alpha_next - remaining * step.alpha) * denoised
-    keys = jax.vmap(jax.random.fold_in, (0, None))(fresh.keys, step.number)
-    noise = jax.vmap(lambda key: jax.random.normal(key, noisy.shape[1:]))(keys)
-    return mean + fresh.temperature * new * noise
-
-
 # Solvers, from `noisy` at timesteps[0] to the image at the last timestep
-
-Times = Int[np.ndarray, "n"]
-Solved = tuple[Images, Float[Array, "n-1 b h w c"]]  # the image, and the estimate of it at each step
 
 
 def ddim(denoise: Denoise, schedule: Schedule, noisy: Images, timesteps: Times, fresh: FreshNoise) -> Solved:
@@ -170,7 +168,9 @@ def dpmpp_3m(denoise: Denoise, schedule: Schedule, noisy: Images, timesteps: Tim
 
 
 def may_extrapolate(h: Float[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:
-    """Which steps may use earlier estimates: not the first, not one to t = 0, none over twice as long as the last."""
+    """Whether a solver may use earlier estimates in each step, given the lengths of the steps in λ: not in the first,
+    not in one to t = 0, whose length is infinite, and not in one over twice as long as the step before.
+    """
     return np.isfinite(h) & (h <= 2 * np.append(0, h[:-1]))
 
 
@@ -184,7 +184,7 @@ class Solver(NamedTuple):
     eta: float  # unless the user says otherwise
 
 
-SOLVERS = {
+SOLVERS = {  # a new one also needs its name in params.Sampler
     "ddim": Solver(ddim, eta=0.0),
     "ddpm": Solver(ddim, eta=1.0),
     "heun": Solver(heun, eta=0.0),

@@ -45,18 +45,18 @@ class Controls(NamedTuple):
 
 @cache
 def build_sampler(
-    config: Params, worse: Params | None = None
+    config: Params, guide: Params | None = None
 ) -> Callable[..., tuple[UInt8[Array, "b h w c"], UInt8[Array, "b n h w c"] | None]]:
     """The jitted function that samples a batch; compiled once per batch size, sampler, steps and kind of guidance.
 
-    sample(weights, worse_weights, request, controls, sampler=…, timesteps=…, trace=…) -> images, and with trace=True
+    sample(weights, guide_weights, request, controls, sampler=…, timesteps=…, trace=…) -> images, and with trace=True
     the estimate of each image at each of the n steps. Guidance evaluates the network on one enlarged batch, or, where
-    there is a worse network to steer away from (autoguidance), that one beside it.
+    there is a `guide`, a worse network to steer away from (autoguidance), that one beside it.
     """
     schedule = schedules.from_config(config)
 
     @partial(jax.jit, static_argnames=("sampler", "timesteps", "trace"))
-    def sample(weights, worse_weights, request: Request, controls: Controls, *, sampler, timesteps, trace=False):
+    def sample(weights, guide_weights, request: Request, controls: Controls, *, sampler, timesteps, trace=False):
         seeds, text_emb, text_mask, share = request
 
         def estimates(config, weights, noisy, t, prompts: slice) -> Float[Array, "b k h w c"]:
@@ -77,8 +77,8 @@ def build_sampler(
             return mix(estimates(config, weights, noisy, t, slice(-1)))
 
         def both(noisy: Images, t: Int[Array, "b"]) -> tuple[Images, Images]:
-            if worse is not None:
-                return positive(noisy, t), mix(estimates(worse, worse_weights, noisy, t, slice(-1)))
+            if guide is not None:
+                return positive(noisy, t), mix(estimates(guide, guide_weights, noisy, t, slice(-1)))
             each = estimates(config, weights, noisy, t, slice(None))
             return mix(each[:, :-1]), each[:, -1]
 

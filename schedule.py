@@ -36,11 +36,6 @@ class Schedule(NamedTuple):
     def T(self) -> int:
         return len(self.alpha) - 1
 
-    @property
-    def log_snr(self) -> Float[Array, "steps"]:
-        """log(alpha² / sigma²), strictly decreasing in t, +inf at t = 0  (Kingma et al. 2021, Eq. 4)."""
-        return 2 * (jnp.log(self.alpha) - jnp.log(self.sigma))
-
 
 def cosine(T: int, *, zero_terminal_snr: bool = False) -> Schedule:
     """The cosine schedule (Nichol & Dhariwal 2021, Eq. 17), computed in float64 and stored as float32.

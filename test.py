@@ -7,7 +7,8 @@ never seen. Writes a captioned grid and each picture into one folder; a picture'
     python test.py --prompts "cat face" --to "dog face"           from one prompt to another, a strip and a GIF
     python test.py --prompts "cat face" --animate                 each picture's way from noise, as a GIF
     python test.py --prompts "cat face" --image me.png            a picture changed; with --mask, in part
-    python test.py --like validation_images/test/01_cat_face.png  that picture again, or with what you change beside it
+    python test.py --like validation_images/test/01_cat_face.png  that picture again, or with what you change, in a
+                                                                  folder beside it
 """
 
 import json
@@ -15,7 +16,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -59,16 +60,29 @@ def main() -> None:
         sys.exit(f"test.py: {error}")
 
 
-def remembered(path: Path) -> Options:
-    """Options that sample what a PNG shows, by the text that it carries."""
+def text_of(path: Path) -> dict[str, str]:
+    """The text that a PNG carries: how it was sampled."""
     from PIL import Image  # imported here, as all that is slow, so that --help is instant
 
     with Image.open(path) as picture:
-        text = getattr(picture, "text", {})
+        return dict(getattr(picture, "text", {}))
+
+
+def remembered(path: Path) -> Options:
+    """Options that sample what a PNG shows, into a folder named after it."""
+    from samplers import SOLVERS
+
+    text = text_of(path)
     try:
-        sampling = Sampling.from_json(json.loads(text["sampling"]))
-        strength = float(text["strength"]) if "strength" in text else None
-        return Options(sampling, prompts=(text["prompt"],), seed=int(text["seed"]), strength=strength)
+        saved = json.loads(text["sampling"])
+        if saved.get("spacing", "trailing") != "trailing":
+            raise ValueError(f"it knew steps with spacing {saved['spacing']!r}")
+        sampling = Sampling.from_json(saved)
+        if sampling.eta == SOLVERS[sampling.sampler].eta:
+            sampling = replace(sampling, eta=None)  # so that another sampler brings its own
+        numbers = (("seed", int), ("strength", float), ("to_seed", int), ("frames", int))
+        more = {name: kind(text[name]) for name, kind in numbers if name in text}
+        return Options(sampling, prompts=(text["prompt"],), to=text.get("to"), output=path.with_suffix(""), **more)
     except KeyError:
         raise ValueError(f"{path} does not say how it was sampled; name a PNG of test.py or generate_image") from None
     except (AttributeError, TypeError, ValueError) as error:
@@ -88,7 +102,8 @@ def refuse(options: Options) -> None:
     elif "frames" in given:
         raise ValueError("--frames is about a way: say where it leads with --to or --to_seed")
     if given & {"mask", "strength"} and "image" not in given:
-        raise ValueError("--mask and --strength are about a picture to start from: name it with --image")
+        which = f"the one that {options.like} was changed from" if options.like else "it"
+        raise ValueError(f"--mask and --strength are about a picture to start from: name {which} with --image")
     if not 8 <= options.size <= 2048:
         raise ValueError(f"--size {options.size}: allowed are whole numbers of pixels from 8 to 2048")
 
@@ -101,6 +116,8 @@ def run(options: Options) -> str:
 
     writable(options.output)
     pipeline = DiffusionPipeline(options.checkpoint, options.encoder, ema=options.ema, guide=options.guide)
+    if options.like and text_of(options.like).get("checkpoint") != pipeline.hash:
+        print(f"note: {options.like} was sampled with other weights: see --checkpoint, --ema, --guide", file=sys.stderr)
     prompts = options.prompts or pipeline.about["prompts"]
     edit = options.image and Edit(options.image, options.strength, options.mask)
     if options.to is not None or options.to_seed is not None:
@@ -141,7 +158,8 @@ def interpolate(options: Options, pipeline: "DiffusionPipeline", prompt: str) ->
     captions = [f"{i / (len(images) - 1):.0%}" for i in range(len(images))]
     captions[0], captions[-1] = f"{prompt}, seed {seed}", f"{to}, seed {to_seed}"
     path = options.output / f"{file_name(prompt)}_{seed}_to_{file_name(to)}_{to_seed}.png"
-    metadata = pipeline.metadata(prompt, seed, sampling) | {"to": to, "to_seed": str(to_seed)}
+    way = {"to": to, "to_seed": str(to_seed), "frames": str(len(images))}
+    metadata = pipeline.metadata(prompt, seed, sampling) | way
     save_png(captioned_grid(images, captions, columns=len(images), cell=options.size), path, metadata)
     save_gif([*images, *images[-2::-1]], path.with_suffix(".gif"), cell=options.size)
     return f"{path} and {path.with_suffix('.gif').name} written: {len(images)} pictures from {prompt!r} to {to!r}"

@@ -118,7 +118,6 @@ def require(names: Sequence[Name]) -> None:
 
 def trackers(names: Sequence[Name], output: Path, *, step: int, config: dict) -> list[Tracker]:
     """The trackers of these names for the run in `output`, new at step 0, else going on; TrackerError if one cannot."""
-    require(names)
     started = []
     for name in dict.fromkeys(names):
         try:

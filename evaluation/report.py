@@ -17,6 +17,7 @@ import numpy as np
 from evaluation.scores import Interval, Score, beyond, difference, find, spread
 from files import replacing
 from images import as_picture
+from params import Sampling
 
 SCHEMA = 2  # of results.json; any change of what a field means needs another number
 SETS = ("training", "held-out", "invented")  # of captions
@@ -83,7 +84,8 @@ def as_html(rows: Iterable[tuple[object, ...]]) -> str:
 
 def level_rows(levels: dict) -> list[tuple[str, ...]]:
     """Loss at each noise level ± its standard error, of both averages on both sides of the split."""
-    rows = []
+    n = len(levels["short"]["training"]["mean"])
+    rows = [("up to this share of T", *(f"{(i + 1) / n:.0%}" for i in range(n)))]
     for ema, sets in levels.items():
         for on, curve in sets.items():
             pairs = zip(curve["mean"], curve["error"], strict=True)
@@ -130,11 +132,15 @@ def comparison(paths: Sequence[Path]) -> str:
 
 def unlike(a: dict, b: dict) -> list[str]:
     """What a reader of run b beside run a must know."""
+
+    def settings(run: dict) -> dict:
+        return {name: value for name, value in run["sampling"].items() if name not in Sampling.FORMER}
+
     prediction, other = (run["config"].get("prediction") for run in (a, b))
     facts = {
         "was evaluated on other pictures than [A]": a["data"]["fingerprint"] != b["data"]["fingerprint"],
         "predicts something else than [A], so that their losses do not compare": prediction != other,
-        "was sampled with other settings than [A]": a["sampling"] != b["sampling"],
+        "was sampled with other settings than [A]": settings(a) != settings(b),
         "has the features of another extractor than [A]": a.get("extractor") != b.get("extractor"),
     }
     return [what for what, differs in facts.items() if differs]
@@ -273,7 +279,7 @@ def write_page(path: Path, results: dict, samples: dict, own: dict, training: np
         "Scores": f"{as_html(score_rows(results['scores']))}<small>{LEGEND}</small>",
         "Loss at each noise level, the picture's side first": as_html(level_rows(results["levels"])),
         "Over the pictures seen": as_html(curve_rows(results["over_time"])) if results["over_time"] else "",
-        "Nearest to a copy": f"<small>{COPIES}</small>{_grid(nearest)}",
+        "Nearest to a copy": f"<small>{COPIES}</small>{_grid(nearest)}" if nearest else "",
     }
     for on, images in samples.items():
         captions, beside = results["sets"][on]["captions"], [own[on]] if on in own else []

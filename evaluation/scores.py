@@ -1,4 +1,4 @@
-"""Scores: a number with its 95 % interval, beside two others that say what it is worth.
+"""Scores: a number with its 95 % interval, where one is known, beside others that say what it is worth.
 
     shuffled   the same samples with their captions exchanged: what is left where the words do not matter
     real       real pictures in the place of the samples: the floor of a distance or copy rate, the ceiling of the rest

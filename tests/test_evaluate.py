@@ -64,7 +64,7 @@ def test_shuffled_captions_are_all_anothers():
 
 @pytest.mark.parametrize("T", [1000, 50, 37, 10, 7])
 def test_every_picture_is_asked_once_at_every_level_and_all_steps_are(T):
-    steps = heldout.questions(400, T)
+    steps = heldout.measured_steps(400, T)
     levels = (steps - 1) * training.LEVELS // T
     there = steps > 0
     assert (levels[there] == np.broadcast_to(np.arange(training.LEVELS), steps.shape)[there]).all()
@@ -123,7 +123,7 @@ def test_losses_are_the_errors_of_the_prediction_at_steps_and_noise_of_their_own
     measure = heldout.build_measure(config, images, *text)
     with sealed():
         found = measure(tree)
-    expected = losses_by_hand(weights, images, text, heldout.questions(11, 50), prediction)
+    expected = losses_by_hand(weights, images, text, heldout.measured_steps(11, 50), prediction)
     np.testing.assert_allclose(found, expected, rtol=1e-4)
     alone = heldout.build_measure(config, images[:3], *(part[:3] for part in text))(tree)
     np.testing.assert_array_equal(alone, found[:3])
@@ -431,8 +431,7 @@ def evaluated(run, tmp_path_factory):
     patch.setattr(files, "CACHE", tmp_path_factory.mktemp("cache"))
     for module in (pipeline, judge):
         patch.setattr(module, "TextEncoder", Letters)
-    load = features.load
-    patch.setattr(features, "load", lambda name: Corners() if name == features.DEFAULT else load(name))
+    patch.setattr(features, "load", Corners)
     patch.chdir(run.parent)
 
     def call(capsys, *words):
@@ -536,7 +535,7 @@ def test_caption_accuracy_needs_no_extractor(call, random_samples, monkeypatch):
 
 
 def test_without_an_extractor_a_report_has_the_other_scores(call, random_samples, monkeypatch):
-    def load(name):
+    def load():
         raise features.FeatureError("it cannot be had")
 
     monkeypatch.setattr(features, "load", load)
@@ -544,7 +543,6 @@ def test_without_an_extractor_a_report_has_the_other_scores(call, random_samples
     words = ("--checkpoint", "models/final", "--report", "d", *FEW)
     assert "note: no scores in features: it cannot be had" in call(*words)
     assert {s.by for s in report.read(Path("d/results.json"))["scores"]} == {"pixels", "short average", "long average"}
-    assert "it cannot be had" in call(*words, "--extractor", "mine.onnx")
 
 
 def test_an_interruption_says_how_to_go_on(call, monkeypatch):
@@ -561,10 +559,6 @@ def test_an_interruption_says_how_to_go_on(call, monkeypatch):
         (["--samples", "1"], "--samples 1: at least 2"),
         (["--checkpoint", "nowhere"], "no checkpoint at"),
         (["--compare", "a.json"], "at least two"),
-        (
-            ["--report", "e", "--extractor", "nowhere", "--checkpoint", "models/final"],
-            "extractor 'nowhere': there is no",
-        ),
         (["--compare", "a.json", "b.json"], "a.json"),
         (["--c", "nan"], "c = nan"),
     ],

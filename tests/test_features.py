@@ -2,7 +2,6 @@
 
 import pickle
 import struct
-import sys
 from collections import OrderedDict
 from pathlib import Path
 
@@ -115,17 +114,6 @@ def test_what_is_no_picture_is_refused(small, images):
         small(images)
 
 
-def test_a_name_that_is_nothing_is_refused_with_the_ways(tmp_path):
-    with pytest.raises(FeatureError, match="there is no such file") as caught:
-        features.load("inception")
-    assert "efficientnet-lite0   the default" in str(caught.value)
-    (tmp_path / "model.pth").write_bytes(b"")
-    with pytest.raises(FeatureError, match=r"it is no \.onnx file"):
-        features.load(str(tmp_path / "model.pth"))
-    with pytest.raises(FeatureError, match=r"it is no \.onnx file"):
-        features.load(str(tmp_path))
-
-
 def test_other_weights_under_the_pinned_name_are_refused(tmp_path, monkeypatch):
     file = tmp_path / features.FILE
     file.parent.mkdir(parents=True)
@@ -207,68 +195,3 @@ def test_a_checkpoint_that_names_anything_else_is_refused_before_it_runs(tmp_pat
     with pytest.raises(KeyError, match=name):
         features.read_checkpoint(file)
     assert "run" not in capfd.readouterr().out
-
-
-def means(path, shape, *, axes, kind=1, keep=0):
-    """An ONNX network that takes the mean over some axes; kind 1 is float32, 10 float16."""
-    onnx = pytest.importorskip("onnx")
-    value = onnx.helper.make_tensor_value_info
-    node = onnx.helper.make_node("ReduceMean", ["picture"], ["features"], axes=axes, keepdims=keep)
-    graph = onnx.helper.make_graph([node], "means", [value("picture", kind, shape)], [value("features", kind, None)])
-    opset = onnx.helper.make_opsetid("", 13)
-    path.write_bytes(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8).SerializeToString())
-    return str(path)
-
-
-@pytest.mark.parametrize(
-    ("shape", "axes", "keep", "size"),
-    [
-        (["n", 3, "h", "w"], [2, 3], 0, (224, 224)),
-        (["n", 3, 10, 12], [2, 3], 1, (10, 12)),
-        ([2, 10, 12, 3], [1, 2], 0, (10, 12)),
-        (["n", "c", "h", "w"], [2, 3], 0, (224, 224)),  # as the usual exports of DINOv2
-        ([3, 3, 10, 12], [2, 3], 0, (10, 12)),
-    ],
-)
-def test_an_onnx_network_sees_normalized_pictures_in_the_layout_that_it_asks_for(tmp_path, shape, axes, keep, size):
-    pytest.importorskip("onnxruntime")
-    extractor = features.load(means(tmp_path / "means.onnx", shape, axes=axes, keep=keep))
-    assert (extractor.name, extractor.dim, extractor.size) == ("means", 3, size)
-    flat = np.broadcast_to(np.array([10, 20, 30], np.uint8), (5, 8, 8, 3))
-    expected = (np.array([10, 20, 30]) - 255 * np.array([0.485, 0.456, 0.406])) / (
-        255 * np.array([0.229, 0.224, 0.225])
-    )
-    np.testing.assert_allclose(extractor(flat), np.tile(expected, (5, 1)), rtol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("shape", "axes", "kind", "message"),
-    [
-        (["n", 1, 8, 8], [2, 3], 1, r"must take one input, float32 .* it takes picture tensor\(float\)"),
-        (["n", 3, 8, 8], [2, 3], 10, r"it takes picture tensor\(float16\)"),
-        (["n", 3, 8, 8], [0], 1, r"must give features \[n, d\] or tokens .*; its first output is \[3, 8, 8\]"),
-    ],
-)
-def test_an_onnx_network_of_another_shape_is_refused(tmp_path, shape, axes, kind, message):
-    pytest.importorskip("onnxruntime")
-    with pytest.raises(FeatureError, match=message):
-        features.load(means(tmp_path / "means.onnx", shape, axes=axes, kind=kind))
-
-
-def test_of_an_onnx_network_that_gives_tokens_the_first_is_taken(tmp_path):
-    pytest.importorskip("onnxruntime")
-    extractor = features.load(means(tmp_path / "means.onnx", ["n", 3, 10, 12], axes=[2]))  # [n, 3 tokens, 12]
-    assert extractor.dim == 12
-    flat = np.broadcast_to(np.array([10, 20, 30], np.uint8), (5, 8, 8, 3))
-    np.testing.assert_allclose(extractor(flat), (10 - 123.675) / 58.395, rtol=1e-4)
-
-
-def test_without_onnxruntime_the_error_says_how_to_get_it_and_a_broken_file_is_refused(tmp_path, monkeypatch):
-    (tmp_path / "broken.onnx").write_bytes(b"nothing")
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "onnxruntime", None)
-        with pytest.raises(FeatureError, match="pip install onnxruntime"):
-            features.load(str(tmp_path / "broken.onnx"))
-    pytest.importorskip("onnxruntime")
-    with pytest.raises(FeatureError, match=r"broken.onnx cannot be read"):
-        features.load(str(tmp_path / "broken.onnx"))

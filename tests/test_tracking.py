@@ -194,8 +194,6 @@ def test_a_tracker_that_is_not_installed_names_the_command(monkeypatch, tmp_path
     for name in "tensorboard", "wandb":
         with pytest.raises(ValueError, match=rf"--track {name} needs .*: pip install -r requirements-tracking\.txt"):
             tracking.require([name])
-        with pytest.raises(ValueError, match="pip install"):
-            tracking.trackers([name], tmp_path, step=0, config={})
 
 
 def test_a_tracker_that_cannot_start_says_why_before_training(tmp_path):

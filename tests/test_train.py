@@ -108,22 +108,30 @@ def test_from_nothing_to_pictures_and_on(call, tiny):
     assert "validation_images/test/grid.png and 2 pictures beside it written" in said
     with Image.open("validation_images/test/02_a_box_drawn.png") as picture:
         assert picture.size == (12, 8)
-    like = ("--like", "validation_images/test/01_red_disc.png", "--output", "again")
-    assert "again/grid.png and 1 pictures beside it" in call(sampling_script, *like)
-    assert Path("again/01_red_disc.png").read_bytes() == Path("validation_images/test/01_red_disc.png").read_bytes()
-    call(sampling_script, *like, "--seed", "1")
-    assert Path("again/01_red_disc.png").read_bytes() != Path("validation_images/test/01_red_disc.png").read_bytes()
+    source = Path("validation_images/test/01_red_disc.png")
+    first, again = source.read_bytes(), source.with_suffix("") / source.name
+    said = call(sampling_script, "--like", str(source))
+    assert f"{again.parent / 'grid.png'} and 1 pictures beside it" in said
+    assert "sampled with other weights" not in said
+    assert again.read_bytes() == first
+    call(sampling_script, "--like", str(source), "--seed", "1")
+    assert again.read_bytes() != first == source.read_bytes()
+    assert "was sampled with other weights" in call(sampling_script, "--like", str(source), "--ema", "long")
     said = call(sampling_script, "--prompts", "red disc", "--to", "green box", "--steps", "2", "--frames", "3")
-    assert "test/red_disc_0_to_green_box_0.png and red_disc_0_to_green_box_0.gif written: 3 pictures" in said
+    strip = Path("validation_images/test/red_disc_0_to_green_box_0.png")
+    assert f"{strip} and red_disc_0_to_green_box_0.gif written: 3 pictures" in said
+    assert "red_disc_0_to_green_box_0.gif written: 3 pictures" in call(sampling_script, "--like", str(strip))
+    assert (strip.with_suffix("") / strip.name).read_bytes() == strip.read_bytes()
     assert "--to and --image ask for different things" in call(sampling_script, "--to", "x", "--image", "y.png")
     assert "lead from one prompt, not 2" in call(sampling_script, "--to", "x", "--prompts", "a", "b")
     assert "--frames is about a way" in call(sampling_script, "--frames", "4")
     assert "steps = 5000: allowed are" in call(sampling_script, "--steps", "5000")
-    words = ("--animate", "--steps", "2", "--image", "again/01_red_disc.png")
+    words = ("--animate", "--steps", "2", "--image", str(again), "--output", "edited")
     said = call(sampling_script, "--prompts", "red disc", *words)
     assert "1 pictures beside it with a GIF each written" in said
     assert "name it with --image" in call(sampling_script, "--strength", "0.5")
-    assert "name it with --image" in call(sampling_script, "--like", "validation_images/test/01_red_disc.png")
+    said = call(sampling_script, "--like", "edited/01_red_disc.png")
+    assert "name the one that edited/01_red_disc.png was changed from with --image" in said
     assert "/proc/none cannot be written" in call(sampling_script, "--output", "/proc/none")
     assert "c = nan: allowed are" in call(sampling_script, "--c", "nan")
     assert "no checkpoint at" in call(sampling_script, "--checkpoint", "elsewhere")

@@ -171,7 +171,7 @@ def test_min_snr_weighs_the_error_of_the_clean_image_alike_for_every_prediction(
     claimed = {"eps": (noisy - alpha * wrong) / sigma, "v": (alpha * noisy - wrong) / sigma, "x0": wrong}[prediction]
     batch = dataloader.Batch(image, jnp.zeros((5, 1, 1)), jnp.ones((5, 1), bool))
     losses = training.squared_error(lambda *_: claimed, batch, noise, t, schedule, prediction)
-    snr = np.exp(np.asarray(schedule.log_snr, np.float64)[t])
+    snr = (np.asarray(schedule.alpha, np.float64)[t] / schedule.sigma[t]) ** 2
     expected = np.minimum(snr, training.SNR_GAMMA) * np.mean((wrong - image) ** 2, axis=(1, 2, 3))
     np.testing.assert_allclose(training.loss_weight(schedule, t, config) * losses, expected, rtol=2e-3)
 
