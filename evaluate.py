@@ -254,7 +254,7 @@ def point_of_curve(subject: Subject) -> dict:
 def write_report(subject: Subject, over_time: list[dict]) -> None:
     """Measure everything, write it as results.json and report.html, and print it."""
     from evaluation import features, report
-    from evaluation.scores import words_and_copies
+    from evaluation.scores import surface, words_and_copies
 
     start = time.perf_counter()
     options, pipeline, real = subject.options, subject.pipeline, subject.real
@@ -267,6 +267,9 @@ def write_report(subject: Subject, over_time: list[dict]) -> None:
     samples = samples_of(subject, sets)
     by_loss, levels = losses(subject)
     by_pixels, near = words_and_copies("pixels", samples, subject.images, sets["training"].own)
+    own = {on: subject.images[on][sets[on].own] for on in real}
+    for on in real:
+        by_pixels += surface(on, samples[on], own[on], pipeline.config.PATCH) if len(samples[on]) else []
     by_features = in_features(subject, extractor, sets, samples) if extractor else []
     results = {
         "checkpoint": {
@@ -289,7 +292,6 @@ def write_report(subject: Subject, over_time: list[dict]) -> None:
     }  # fmt: skip
     for on, found in near.items():
         results["sets"][on] |= {"neighbours": found.index.tolist(), "ratio": found.ratio.tolist()}
-    own = {on: subject.images[on][sets[on].own] for on in real}
     page = options.report / "report.html"
     report.write_page(page, results, samples, own, subject.images["training"], real["training"].names)
     report.write(options.report / "results.json", results)

@@ -9,6 +9,8 @@ The other measures compare sets of features, one row per picture, of real pictur
     frechet              the same between Gaussian fits; biased upwards for small sets, so only for equal sizes
     neighbours           which training picture is nearest, and whether the sample is a copy of it
     r_precision          whether a sample is nearer to its own caption than to the others
+    texture              how much fine detail a picture has, in its flat regions and at its edges
+    border_steps         whether the borders of the network's patches show in it
 
 None means much alone: `scores` puts it beside that of shuffled captions or of real pictures.
 """
@@ -17,11 +19,12 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Real
+from jaxtyping import Bool, Float, Int, Real, UInt8
 
 BLOCK = 1024  # rows of a table of all pairs in memory at once
 Z = 1.959963984540054  # a normal variable lies within ± Z in 95 % of cases
 COPY = 1 / 3  # of the distance to the second nearest training picture (arXiv 2505.16959)
+EDGE = 24  # grey levels by which a picture changes around a pixel that is at an edge
 TWIN = 0.1  # of the spread: training pictures as near as this to each other count as one
 
 
@@ -183,6 +186,35 @@ def r_precision(
     _check_rows("R-precision", 1, picture_emb=picture_emb)
     _check_rows(f"R-precision with k = {k}", k + 1, text_emb=text_emb)
     return ranks(-unit(picture_emb) @ unit(text_emb).T, own) < k
+
+
+def texture(images: UInt8[np.ndarray, "n h w c"]) -> tuple[Float[np.ndarray, "n"], Float[np.ndarray, "n"]]:
+    """The finest detail of each picture, in its flat regions and at its edges; NaN where it has none of these.
+
+    It is the mean of |4 p - left - right - up - down| over grey levels p. A pixel is at an edge where the picture,
+    smoothed over 3 × 3 pixels, changes by more than EDGE within 5 × 5.
+    """
+    _check_rows("texture", 1, images=images)
+    grey = images.astype(np.float64).mean(3)
+    middle = grey[:, 3:-3, 3:-3]
+    detail = np.abs(4 * middle - grey[:, 3:-3, 2:-4] - grey[:, 3:-3, 4:-2] - grey[:, 2:-4, 3:-3] - grey[:, 4:-2, 3:-3])
+    smooth = np.lib.stride_tricks.sliding_window_view(grey, (3, 3), (1, 2)).mean((3, 4))
+    near = np.lib.stride_tricks.sliding_window_view(smooth, (5, 5), (1, 2))  # around each pixel of the middle
+    edge = np.ptp(near, (3, 4)) > EDGE
+    with np.errstate(invalid="ignore"):
+        flat, sharp = (np.where(part, detail, 0).sum((1, 2)) / part.sum((1, 2)) for part in (~edge, edge))
+    return flat, sharp
+
+
+def border_steps(images: UInt8[np.ndarray, "n h w c"], patch: int) -> Float[np.ndarray, "n"]:
+    """Mean step between neighbouring pixels across the borders of patches, over that inside them; 1: none shows."""
+    images, across, inside = images.astype(np.float64), 0, 0
+    for axis in (1, 2):
+        step = np.abs(np.diff(images, axis=axis)).swapaxes(1, axis).mean((2, 3))  # [n, pixels - 1]
+        border = np.arange(1, images.shape[axis]) % patch == 0
+        across, inside = across + step[:, border].mean(1), inside + step[:, ~border].mean(1)
+    with np.errstate(invalid="ignore"):
+        return across / inside
 
 
 def unit(rows: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:

@@ -158,7 +158,9 @@ def mark(a: dict, b: dict, before: Score, after: Score) -> str:
     captions, others = (run["sets"].get(after.on, {}).get("captions") for run in (a, b))
     paired = a["data"]["fingerprint"] == b["data"]["fingerprint"] and (of_loss or captions == others)
     found = difference(before, after, paired=paired)
-    return "" if not found else "better" if (found > 0) == (after.better == "higher") else "worse"
+    if not found or after.better == "as real":
+        return ""
+    return "better" if (found > 0) == (after.better == "higher") else "worse"
 
 
 # Answers.

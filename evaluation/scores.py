@@ -26,7 +26,7 @@ class Score:
     value: Interval
     shuffled: Interval | None = None
     real: Interval | None = None
-    better: Literal["higher", "lower"] = "higher"
+    better: Literal["higher", "lower", "as real"] = "higher"
     share: bool = False  # shown in per cent
     n: int = 0  # samples or pictures
     each: tuple[float, ...] = ()  # the mean of these is the value
@@ -126,6 +126,22 @@ def words_and_copies(
             ratio = floor.ratio if len(unseen) > 1 else None
             found.append(mean("d1/d2", on, by, its.ratio, real=ratio, better="higher"))
     return found, near
+
+
+def surface(on: str, samples: np.ndarray, own: np.ndarray, patch: int) -> list[Score]:
+    """What the eye sees first: the finest detail of uint8 samples, and whether the borders of patches show in them.
+
+    `own` are the real pictures of the same captions. A good sample has neither more detail than they have nor less.
+    """
+    each = {}
+    for which, images in (("value", samples), ("real", own)):
+        flat, edges = metrics.texture(images)
+        named = {"detail in flat regions": flat, "detail at edges": edges}
+        named |= {f"steps across patches of {patch}": metrics.border_steps(images, patch)} if patch > 1 else {}
+        for name, values in named.items():
+            each.setdefault(name, {})[which] = values[np.isfinite(values)]
+    enough = {name: found for name, found in each.items() if min(map(len, found.values())) > 1}
+    return [mean(name, on, "pixels", f["value"], real=f["real"], better="as real") for name, f in enough.items()]
 
 
 def realism(by: str, on: str, samples: np.ndarray, own: np.ndarray, other: np.ndarray) -> list[Score]:

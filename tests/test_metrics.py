@@ -205,3 +205,25 @@ def test_a_resumed_log_drops_what_came_after_its_checkpoint_and_what_was_cut_off
     assert (last["images"], last["epoch"]) == (18, 1.8)
     tracking.MetricsLog(path, 0, 0.0, pictures=10, B=3)
     assert path.read_text() == ""
+
+
+def test_texture_by_hand_where_a_plain_half_meets_another():
+    """Noise of ± 1 in a chequered pattern has |Laplacian| 8; the edge between the halves is told apart from it."""
+    image = np.full((2, 16, 16, 3), 100, np.int16)
+    image[:, :, 8:] += 100
+    image[1] += np.where(np.add.outer(np.arange(16), np.arange(16)) % 2, 1, -1)[:, :, None]
+    flat, edges = metrics.texture(image.astype(np.uint8))
+    np.testing.assert_allclose(flat, [0, 8])
+    assert edges[0] > 30
+    blank, no_edges = metrics.texture(np.zeros((1, 9, 9, 1), np.uint8))
+    assert blank == [0]
+    assert np.isnan(no_edges).all()
+
+
+def test_steps_across_patches_are_those_of_the_pictures_elsewhere_unless_the_patches_show():
+    smooth = np.broadcast_to(np.arange(16, dtype=np.uint8)[None, :, None, None] * 3, (1, 16, 16, 1)).copy()
+    smooth = smooth + smooth.swapaxes(1, 2)
+    np.testing.assert_allclose(metrics.border_steps(smooth, 4), 1)
+    tiles = smooth + 6 * np.kron(np.indices((4, 4)).sum(0) % 2, np.ones((4, 4), np.uint8))[None, :, :, None]
+    np.testing.assert_allclose(metrics.border_steps(tiles.astype(np.uint8), 4), 2)  # 9 and 3 by turns, inside 3
+    assert metrics.border_steps(tiles.astype(np.uint8), 5) < 1

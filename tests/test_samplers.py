@@ -52,7 +52,7 @@ def solve(name, noisy, along, schedule=SCHEDULE, denoise=None, **freshness):
 def lambdas(schedule):
     """λ = log(alpha / sigma) at each step, infinite at t = 0."""
     with np.errstate(divide="ignore"):
-        return np.log(np.asarray(schedule.alpha, np.float64) / np.asarray(schedule.sigma, np.float64))
+        return np.subtract(*(np.log(np.asarray(part, np.float64)) for part in schedule))
 
 
 def error(name, steps):
