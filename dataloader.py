@@ -138,6 +138,7 @@ def encode(
     They are computed once, a part at a time, into a file that is mapped into memory, named by a hash of all that they
     depend on. Where no file can be written they are kept in memory.
     """
+    texts = encoder.spelled(texts)  # so that emoji encoded under another spelling are not taken for these
     recipe = hashlib.sha256(json.dumps([encoder.identity, length, texts]).encode()).hexdigest()
     file = files.CACHE / "captions" / f"{recipe}.npy"
     with suppress(OSError, ValueError):  # not there, or damaged
@@ -167,13 +168,20 @@ def encode(
     return saved["emb"], saved["mask"]
 
 
+def captions_of(pictures: Pictures, encoder: TextEncoder, config: Params) -> tuple[Table, np.ndarray, np.ndarray]:
+    """The table of a set and all of its encoded captions; warns of words that the encoder does not know."""
+    found, texts = table(pictures, config.caption_variants)
+    encoder.name_unknown(encoder.spelled(texts))  # also where `encode` finds them on the disk
+    return found, *encode(encoder, texts, config.TEXT_LEN)
+
+
 class Memory:
     """A set that lies on the device, whole on each."""
 
     def __init__(self, pictures: Pictures, encoder: TextEncoder, config: Params):
         self.config = config
-        self.table, texts = table(pictures, config.caption_variants)
-        captions = map(np.ascontiguousarray, encode(encoder, texts, config.TEXT_LEN))
+        self.table, *captions = captions_of(pictures, encoder, config)
+        captions = map(np.ascontiguousarray, captions)
         # On a CPU the pictures are not copied, where `dataset` laid them out as JAX needs them.
         self.data = parallel.replicate(Data(jax.device_put(pictures.images), *captions))
 
@@ -193,8 +201,7 @@ class Stream:
 
     def __init__(self, pictures: Pictures, encoder: TextEncoder, config: Params):
         self.config, self.pictures = config, pictures
-        self.table, texts = table(pictures, config.caption_variants)
-        self.captions = encode(encoder, texts, config.TEXT_LEN)
+        self.table, *self.captions = captions_of(pictures, encoder, config)
         self.next, self.batches = None, None
 
     def at(self, step: int, n: int) -> tuple[Data, None]:

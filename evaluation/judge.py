@@ -61,7 +61,7 @@ def embed(encoder: TextEncoder, captions: list[str], length: int) -> Float[np.nd
         text_emb, text_mask = encoder(captions, length)
         return {"text_emb": text_emb.sum(1) / text_mask.sum(1, keepdims=True)}  # 0 behind the last token
 
-    return cached("judge", json.dumps([encoder.identity, length, captions]), make)["text_emb"]
+    return cached("judge", json.dumps([encoder.identity, length, encoder.spelled(captions)]), make)["text_emb"]
 
 
 def from_config(

@@ -31,6 +31,7 @@ from tqdm import tqdm
 from dataset import CSV, DatasetError
 from files import replacing, writable
 from images import save_png
+from sources.names import name_of
 from sources.packages import Package, PackageError, fetch, npm, pypi
 
 GOOGLE = npm("emoji-datasource-google", "16.0.0", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438")
@@ -111,18 +112,6 @@ def google_font() -> Source:
         if font.getlength(part) == one and bytes(font.getmask(part)) != undefined
     }
     return Source("Google", f"Noto Color Emoji, OFL-1.1, from this machine's {path.name}", pictures)
-
-
-def name_of(text: str) -> str:
-    """The CLDR short name; the `emoji` package's ":man_red_hair:" has lost the colons, commas and quotation marks."""
-    name = emoji.EMOJI_DATA[text]["en"].strip(":").replace("_", " ")
-    if "\U0001f1e6" <= text[0] <= "\U0001f1ff" or text[-1] == "\U000e007f":  # regional indicators, a tag sequence
-        return "flag: " + name.replace("Congo-", "Congo - ")
-    name = re.sub(r"^keycap (.+)$", r"keycap: \1", name)
-    name = re.sub(r"^(person|man|woman) ((?:red|curly|white|blond) hair|bald|beard)$", r"\1: \2", name)
-    name = re.sub(r"^Japanese (.+) button$", r"Japanese “\1” button", name)
-    people = re.match(r"^(family|kiss|couple with heart) ((?:(?:man|woman|adult|boy|girl|child) ?)+)$", name)
-    return f"{people[1]}: {people[2].replace(' ', ', ')}" if people else name
 
 
 def concept(text: str) -> str:

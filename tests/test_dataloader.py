@@ -166,6 +166,9 @@ class Letters(TextEncoder):
     def __init__(self, name="letters"):
         self.identity = {"name": name, "sha256": name}
 
+    def name_unknown(self, texts):
+        Letters.asked = texts
+
     def tokenize(self, texts, length):
         tokens = np.array([[ord(letter) for letter in f"^{text}".ljust(length)[:length]] for text in texts], np.int32)
         return tokens, tokens != ord(" ")
@@ -220,6 +223,23 @@ def test_captions_stay_in_memory_where_no_file_can_hold_them(tmp_path, monkeypat
     np.testing.assert_array_equal(found[0], Letters()(texts, 8)[0])
     assert "captions cannot hold the encoded captions (File too large): they stay in memory" in capsys.readouterr().out
     assert not [path for path in files.CACHE.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_unknown_words_are_named_also_of_captions_that_are_on_the_disk(config, stream):
+    for _ in range(2):
+        Letters.asked = None
+        source(dataclasses.replace(config, caption_variants=0.5), stream=stream).close()
+        assert {"", "thing0, One style", "sea, Two style"} <= set(Letters.asked)
+
+
+def test_emoji_are_kept_under_the_words_that_they_are_read_as(monkeypatch):
+    monkeypatch.setattr(Letters, "spelled", lambda self, texts: [text.replace("🐶", "dog") for text in texts])
+    first = dataloader.encode(Letters(), ["", "🐶"], 60)
+    np.testing.assert_array_equal(first[0], Letters()(["", "dog"], 8)[0])
+    before = Letters.calls
+    dataloader.encode(Letters(), ["", "dog"], 60)
+    assert Letters.calls == before
 
 
 def test_the_empty_caption_is_visible():

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [  # from the ground up; a module may import from lower floors only
     {"params", "files"},
     {"parallel"},
-    {"schedule", "images", "kernels", "augmentation", "sources.packages"},
+    {"schedule", "images", "kernels", "augmentation", "sources.packages", "sources.names"},
     {"model", "text_encoder", "samplers", "dataset", "tracking", "checkpoint"},
     {"guidance", "dataloader", "sources.emojis"},
     {"sampling", "ema"},

@@ -1,5 +1,6 @@
 """The BERT against published similarities and another implementation, and what the trainer relies on."""
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -9,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
+import emoji
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 import text_encoder
 from sources import packages
+from sources.names import name_of
 from text_encoder import CHUNK, DEFAULT, MINILM, EncoderError, TextEncoder
 
 LENGTH, LONG = 16, 48  # the only lengths at which MiniLM is compiled
@@ -54,6 +57,13 @@ def edit_config(folder: Path, **changes) -> Path:
     return folder
 
 
+def edit_weights(folder: Path, edit) -> Path:
+    weights = load_file(folder / "model.safetensors")
+    edit(weights)
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
 # The numbers are right.
 
 
@@ -67,7 +77,9 @@ def test_published_similarities(minilm):
     np.testing.assert_allclose([found[0, 1], found[0, 2], found[1, 2]], [0.6660, 0.1046, 0.1411], atol=5e-5)
 
 
-def test_minilm_agrees_with_torch(minilm):
+@pytest.mark.filterwarnings("ignore:the text encoder does not know")
+def test_minilm_agrees_with_torch(minilm, monkeypatch):
+    monkeypatch.setattr(text_encoder, "spelled", lambda text, _: text)  # torch was given the emoji itself
     golden = np.load(FILE)
     tokens, _ = minilm.tokenize(MINILM_PROMPTS, LONG)
     text_emb, mask = minilm(MINILM_PROMPTS, LONG)
@@ -88,6 +100,8 @@ def test_another_shape_agrees_with_torch(tiny):
 @pytest.mark.parametrize("change", [{"num_hidden_layers": 11}, {"num_attention_heads": 2}, {"layer_norm_eps": 1e-12}])
 def test_config_is_honoured(tiny, change):
     before, _ = TextEncoder(str(tiny))(TINY_PROMPTS, LENGTH)
+    if "num_hidden_layers" in change:
+        edit_weights(tiny, lambda weights: [weights.pop(name) for name in [*weights] if ".layer.11." in name])
     after, _ = TextEncoder(str(edit_config(tiny, **change)))(TINY_PROMPTS, LENGTH)
     assert np.abs(after - before).max() > 1e-2
 
@@ -154,6 +168,66 @@ def test_compiled_once_per_length(tiny, traces):
     assert len(traces) == 2
 
 
+# Words that the vocabulary lacks.
+
+
+def ids(encoder, text, length=LONG):
+    tokens, mask = encoder.tokenize([text], length)
+    return tokens[mask].tolist()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("😀", "grinning face"),
+        ("😢", "crying face"),
+        ("my 🐶🏠!", "my dog face house!"),
+        ("❤️ and ❤", "red heart and red heart"),
+        ("👩‍🚀 of 🇵🇪", "woman astronaut of flag: Peru"),
+        ("👍🏽", "thumbs up medium skin tone"),
+        ("1️⃣", "keycap: 1"),
+    ],
+)
+def test_an_emoji_is_read_as_its_name(minilm, text, words):
+    assert ids(minilm, text) == ids(minilm, words)
+
+
+def test_no_emoji_is_unknown_and_emoji_of_two_names_differ(minilm):
+    every = minilm.spelled([*emoji.EMOJI_DATA])
+    assert not any(text_encoder.unknown_words(every, minilm._tokenizer))
+    tokens, _ = minilm.tokenize(every, LONG)
+    names = {name_of(text).lower() for text in emoji.EMOJI_DATA}
+    assert len(np.unique(tokens, axis=0)) > 0.99 * len(names)
+
+
+@pytest.mark.parametrize(
+    "text", ["a red heart", "Coca-Cola™ ©", "♥ ♠ ♦ ♣", "naïve CAFÉ: 3½, 東京", "#1 *", "ab\u200dc"]
+)
+def test_what_the_vocabulary_has_is_tokenized_as_ever(minilm, text):
+    assert ids(minilm, text) == minilm._tokenizer.encode(text).ids
+
+
+def test_words_that_stay_unknown_are_named_once(tiny):
+    encoder = TextEncoder(str(tiny))
+    with pytest.warns(
+        UserWarning, match="every word: 'cat 7' has '7', and 1 more texts have such words; all such words"
+    ) as caught:
+        encoder(["cat", "cat 7", "สวัสดี a สวัสดี"], LENGTH)
+    assert len(caught) == 1
+    encoder(["7 and สวัสดี"], LENGTH)
+    with pytest.warns(UserWarning, match="'no 8' has '8'; all such words"):
+        encoder(["no 8"], LENGTH)
+    texts, words = ["a b", "x" * 101, "b 7 9", ""], [[], ["x" * 101], ["7", "9"], []]
+    assert text_encoder.unknown_words(texts, encoder._tokenizer) == words
+
+
+@pytest.mark.parametrize("text", [None, ["cat"], Path("cat"), 7, b"cat", "half a \ud83d", "\udcff"])
+def test_what_is_no_text_says_so(text):
+    why = "is not valid Unicode" if isinstance(text, str) else f"a prompt is a text, got {type(text).__name__} "
+    with pytest.raises(ValueError, match=why):
+        text_encoder.checked(text)
+
+
 # Prompts that do not fit.
 
 
@@ -199,11 +273,17 @@ def test_identity_is_of_weights_configuration_and_tokenizer(tiny):
 
 
 @pytest.mark.slow  # importing transformers takes seconds
-def test_vocab_txt_is_enough(minilm, tmp_path):
+@pytest.mark.parametrize("model_type", [True, False])
+def test_vocab_txt_is_enough(minilm, tmp_path, model_type):
     pytest.importorskip("transformers")
     for file in minilm.folder.iterdir():
-        if file.name in text_encoder.FILES and file.name != "tokenizer.json":
+        if file.name in text_encoder.FILES and file.name not in ("tokenizer.json", "config.json"):
             (tmp_path / file.name).symlink_to(file)
+    config = json.loads((minilm.folder / "config.json").read_text())
+    if not model_type:  # as of the first models
+        del config["model_type"]
+        (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config))
     for got, expected in zip(
         TextEncoder(str(tmp_path)).tokenize(PROMPTS, LENGTH), minilm.tokenize(PROMPTS, LENGTH), strict=True
     ):
@@ -331,9 +411,45 @@ def test_layers_that_are_missing_are_named(tiny, gone):
         TextEncoder(str(tiny))
 
 
-def test_broken_config(tiny):
-    (tiny / "config.json").write_text("{")
+@pytest.mark.parametrize("content", [b"{", b"", b"[]", b"7", b"\xff{}", b"[" * 100_000])
+def test_broken_config(tiny, content):
+    (tiny / "config.json").write_bytes(content)
     with pytest.raises(EncoderError, match=r"config\.json is not JSON"):
+        TextEncoder(str(tiny))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 11}, r"holds more layers than the 11 of its config\.json"),
+        ({"num_hidden_layers": "12"}, "num_hidden_layers is '12', not a size"),
+        ({"num_hidden_layers": 10**400}, "num_hidden_layers is 10{79}, not a size"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0, not a size"),
+        ({"num_attention_heads": 5}, "num_attention_heads does not divide hidden_size"),
+        ({"hidden_size": 48}, r"word_embeddings.weight has the shape \[56, 24\], .* give \[56, 48\]"),
+        ({"intermediate_size": 24}, r"intermediate.dense.weight has the shape \[40, 24\], .* give \[24, 24\]"),
+        ({"layer_norm_eps": None}, "layer_norm_eps is None, not between 0 and 1"),
+    ],
+)
+def test_sizes_that_do_not_fit_the_weights(tiny, change, message):
+    with pytest.raises(EncoderError, match=message):
+        TextEncoder(str(edit_config(tiny, **change)))
+
+
+@pytest.mark.parametrize(
+    ("part", "shape"),
+    [
+        ("encoder.layer.3.attention.self.key.weight", (24, 23)),
+        ("encoder.layer.11.output.dense.weight", (24, 24)),
+        ("encoder.layer.0.output.LayerNorm.bias", (1,)),
+        ("embeddings.position_embeddings.weight", (20, 23)),
+        ("embeddings.token_type_embeddings.weight", (0, 24)),
+        ("embeddings.word_embeddings.weight", ()),
+    ],
+)
+def test_weights_of_another_shape(tiny, part, shape):
+    edit_weights(tiny, lambda weights: weights.update({part: np.zeros(shape, np.float32)}))
+    with pytest.raises(EncoderError, match=rf"{part} has the shape \[.*\]; fetch or save both again"):
         TextEncoder(str(tiny))
 
 
@@ -368,7 +484,44 @@ def test_broken_tokenizer(tiny):
         TextEncoder(str(tiny))
 
 
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("post_processor", None, r"it does not make \[CLS\] \[SEP\]"),
+        ("model.vocab", {"[CLS]": 2, "[SEP]": 3, "a": 4}, "no usable tokenizer"),
+        ("post_processor.cls", ["[CLS]", 56], "57 tokens but 56 embeddings"),
+        ("model.vocab.a", 99, "100 tokens but 56 embeddings"),
+    ],
+)
+def test_a_tokenizer_that_does_not_fit(tiny, part, value, message):
+    tokenizer = json.loads((tiny / "tokenizer.json").read_text())
+    *way, last = part.split(".")
+    functools.reduce(dict.get, way, tokenizer)[last] = value
+    (tiny / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(EncoderError, match=message):
+        TextEncoder(str(tiny))
+
+
 def test_tokenizer_of_another_model(tiny, minilm):
     (tiny / "tokenizer.json").write_bytes((minilm.folder / "tokenizer.json").read_bytes())
     with pytest.raises(EncoderError, match="do not belong together, 30522 tokens but 56 embeddings"):
         TextEncoder(str(tiny))
+
+
+@pytest.mark.slow  # a hundred folders are read
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_folder_that_was_damaged_anywhere_works_or_says_so(tiny, file):
+    whole, draw, read = (tiny / file).read_bytes(), np.random.default_rng(0), 0
+    for _ in range(100):
+        data = bytearray(whole)
+        start, length = draw.integers(len(data) if file != "model.safetensors" else 8000), draw.integers(1, 12)
+        data[start : start + length] = (
+            draw.choice([*b'0"{}[],:-9a\xff\0'], draw.integers(0, 12)).astype(np.uint8).tobytes()
+        )
+        (tiny / file).write_bytes(data)
+        try:
+            TextEncoder(str(tiny)).tokenize(["a cat"], LENGTH)
+            read += 1
+        except EncoderError:
+            pass
+    assert read < 60
