@@ -15,7 +15,6 @@ is reported but never counted, for few vendors draw every emoji.
 
 import csv
 import hashlib
-import io
 import json
 import math
 import re
@@ -27,23 +26,24 @@ from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 from jaxtyping import Bool, UInt8
-from PIL import Image, ImageOps
+from PIL import Image
 
-from files import cached
+from files import cached, open_regular, printable
+from images import LARGEST, MISSING, PictureError, as_rgba, reading
 from params import Params
 
 CSV, COLUMNS, SIDES = "full_emoji.csv", ("#", "name", "keywords", "split"), ("", "train", "heldout")
 MAX_BAD = 0.05  # refuse a dataset with a larger share of broken rows and pictures
-MISSING = "there is no such file"
-LARGEST = 4096 * 4096  # pixels of a picture; a decompression bomb has more
-READABLE = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 BLOCK, PART = 512, 32  # pictures decoded and cached together; those of them that a thread takes at a time
-FORMAT = 1  # of the cache; any change of what decoding gives needs another number
+FORMAT = 2  # of the cache; any change of what decoding gives needs another number
 VARIANTS = 4  # other captions of a picture, made from its keywords
 
 
 class DatasetError(ValueError):
     """The data cannot be used: the message says what is wrong, where, and what to do."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class Fault(NamedTuple):
@@ -205,7 +205,8 @@ def _read_cached(files: list[Path], shape: tuple[int, int, int]) -> Iterator[tup
 
     def digest(file: Path) -> str:
         try:
-            return hashlib.sha256(file.read_bytes()).hexdigest()
+            with open_regular(file, 8 * LARGEST) as stream:
+                return hashlib.file_digest(stream, "sha256").hexdigest()
         except OSError as error:
             return type(error).__name__
 
@@ -235,27 +236,10 @@ def decoded(file: Path, shape: tuple[int, int, int]) -> UInt8[np.ndarray, "h w c
 def _read(path: Path, shape: tuple[int, int, int] | None) -> tuple[np.ndarray | None, str]:
     """The picture as uint8 [*shape] and "", or None and what is wrong; without `shape` only its header is read."""
     try:
-        with io.BytesIO(path.read_bytes()) if shape else path.open("rb") as file:
-            if not file.read(1):
-                return None, "the file is empty"
-            image = Image.open(file, formats=READABLE)
-            if image.width * image.height > LARGEST:
-                return None, f"{image.width}x{image.height} is gigantic; at most {LARGEST} pixels are read"
-            if not shape:
-                return None, ""
-            image.load()
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip
-                grey = (np.asarray(image).astype(np.float64) / 257).clip(0, 255).round()
-                image = Image.fromarray(grey.astype(np.uint8))
-            return fit(image.convert("RGBA"), *shape), ""
-    except FileNotFoundError:
-        return None, MISSING
-    except Image.UnidentifiedImageError:
-        return None, f"not a picture (none of {', '.join(READABLE)})"
-    except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file, but without `strerror`
-        system = getattr(error, "strerror", None)
-        return None, f"cannot be read: {system}" if system else f"a damaged picture: {error}"
+        with reading(path) as image:
+            return fit(as_rgba(image), *shape) if shape else None, ""
+    except PictureError as error:
+        return None, error.what
 
 
 def fit(picture: Image.Image, height: int, width: int, channels: int) -> UInt8[np.ndarray, "h w c"]:
@@ -264,11 +248,17 @@ def fit(picture: Image.Image, height: int, width: int, channels: int) -> UInt8[n
     The padding is white, transparent where there are 4 channels. Colour is scaled premultiplied by alpha, so that what
     is hidden never bleeds into an edge, and a pixel that ends up fully transparent is white.
     """
-    planes = np.asarray(picture).transpose(2, 0, 1).astype(np.float32, order="C")  # [4, h, w]
-    planes[:3] *= planes[3] / 255
     scale = min(width / picture.width, height / picture.height)
     w, h = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
-    planes = np.stack([Image.fromarray(plane).resize((w, h), Image.Resampling.LANCZOS) for plane in planes])
+
+    share, planes = 1, []
+    for name in "ARGB":  # one at a time and in place, as those of a large picture are large
+        plane = np.array(picture.getchannel(name), np.float32)
+        plane *= share
+        planes.append(np.asarray(Image.fromarray(plane).resize((w, h), Image.Resampling.LANCZOS)))
+        if name == "A":
+            share = np.divide(plane, 255, out=plane)
+    planes = np.stack(planes[1:] + planes[:1])
     left, top = (width - w) // 2, (height - h) // 2
     canvas = np.full((4, height, width), 255, np.float32)
     canvas[3] = 0

@@ -1,12 +1,15 @@
 """Files that are whole or not there, written beside their place and then renamed; and a cache of arrays."""
 
+import errno
 import hashlib
 import os
+import stat
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 CACHE = Path(__file__).resolve().parent / ".cache"  # everything that can be made again; safe to delete
 
@@ -22,6 +25,21 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             beside.unlink()
+
+
+def open_regular(path: Path, most: int) -> BinaryIO:
+    """A file of at most `most` bytes, to be read; OSError for more, and for a pipe or a device, which never ends."""
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode):
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    if about.st_size > most:
+        raise OSError(errno.EFBIG, f"it has {about.st_size / 2**30:.1f} GiB, more than {most / 2**30:.2g}", str(path))
+    return path.open("rb")
+
+
+def printable(text: str) -> str:
+    """The text with escapes for what a terminal would obey instead of showing it."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def sha256(file: Path) -> str:

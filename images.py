@@ -1,24 +1,138 @@
-"""Pictures for people: a captioned grid on white, PNG and GIF files, and bytes from and to the network's range.
+"""Pictures for people and from them: files in sRGB, grids with captions, PNG and GIF, bytes and the network's range.
+
+`reading` opens a file that may be anything, and `as_rgba` makes eight bits of sRGB and alpha of what is in it.
 
 A grid is `columns` cells wide. Each cell shows one picture, enlarged or reduced to fit `cell` pixels, and its caption
 in quiet grey on at most two lines below. What is transparent shows the white below.
 """
 
+import io
+import threading
 import unicodedata
 from bisect import bisect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import lru_cache
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
-from PIL import Image, ImageDraw, ImageFont
+from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from files import replacing
+from files import open_regular, replacing
+
+READABLE = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+LARGEST = 2**25  # pixels of a picture; a decompression bomb has more
+WHOLE = 2**24  # a JPEG of more pixels is decoded at a half, a quarter or an eighth of its size
+SMALL = 2**21  # of pictures with more pixels, one is read at a time, as a pixel takes up to 24 bytes
+MISSING = "there is no such file"
 
 LETTERS = 1000  # of a caption, the rest is not looked at: no two lines of a cell hold as many
 GREY = (110, 110, 115)  # of the captions
+
+
+class PictureError(ValueError):
+    """There is no picture that can be read; `what` says why without the file's name."""
+
+    def __init__(self, what: str, path: Path | None = None):
+        super().__init__(f"{path}: {what}" if path else what)
+        self.what = what
+
+
+_one_at_a_time = threading.Lock()
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[Image.Image]:
+    """The picture in a file, of which only the header is read so far; raises PictureError, also within the block."""
+    start = b""
+    try:
+        with open_regular(path, 8 * LARGEST) as file:
+            if not (start := file.read(4)):
+                raise PictureError("the file is empty")
+            image = Image.open(file, formats=READABLE)
+            by = next((by for by in (1, 2, 4) if image.width * image.height <= WHOLE * by**2), 8)
+            image.draft(None, (image.width // by, image.height // by))  # nothing happens but to a JPEG
+            if (pixels := image.width * image.height) > LARGEST:
+                raise PictureError(f"{image.width}x{image.height} is gigantic; at most {LARGEST} pixels are read")
+            with _one_at_a_time if pixels > SMALL else nullcontext():
+                yield image
+            return
+    except PictureError as error:
+        what = error.what
+    except FileNotFoundError:
+        what = MISSING
+    except Image.UnidentifiedImageError:
+        known = start.startswith((b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"II*\0", b"MM\0*"))
+        what = "a damaged picture: its header is broken" if known else f"not a picture (none of {', '.join(READABLE)})"
+    except MemoryError:
+        what = "there is no room in memory for it"
+    except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file, but without `strerror`
+        system, large = getattr(error, "strerror", None), "MAX_TEXT" in str(error)
+        why = "a text or colour profile in it is gigantic; save it again without" if large else error
+        what = f"cannot be read: {system}" if system else f"a damaged picture: {why}"
+    raise PictureError(what, path)
+
+
+def load_picture(path: Path) -> Image.Image:
+    """The picture in a file, whole, of whatever mode; raises PictureError."""
+    with reading(path) as image:
+        image.load()
+    return image
+
+
+def as_rgba(image: Image.Image) -> Image.Image:
+    """A picture the right way up, in eight bits of sRGB and alpha; PictureError where its colours cannot be told."""
+    raw = next((tile[3] for tile in getattr(image, "tile", ())), "")  # how a file's pixels are stored
+    tags = getattr(image, "tag_v2", {})  # of a TIFF: 258 bits, 262 what is white, 339 kind of number
+    image.load()
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    profile, transparent = image.info.get("icc_profile"), image.info.get("transparency")
+    if image.mode in ("I", "F", "LAB", "HSV") or {*tags.get(339, ())} - {1, 4}:
+        raise PictureError(f"pixels of the kind {image.mode} are not converted; save it with 8 or 16 bits and no sign")
+    if raw == "RGB;16B" and transparent is not None:  # Pillow keeps eight of the bits, too few to find that colour
+        raise PictureError("one of its colours of 16 bits is transparent; save it with an alpha channel")
+    if raw in ("L;2", "L;4") and transparent is not None:  # Pillow scales the pixels, not the transparent grey
+        image.info["transparency"] = transparent * (85 if raw == "L;2" else 17)
+    if image.mode.startswith("I;16"):  # Pillow would clip it
+        values, top = np.asarray(image), 2 ** tags.get(258, (16,))[0] - 1
+        grey = np.rint(values.astype(np.float32) / (top / 255)).astype(np.uint8)
+        alpha = np.full(grey.shape, 255, np.uint8) if transparent is None else 255 * (values != transparent)
+        planes = (255 - grey if tags.get(262) == 0 else grey, alpha.astype(np.uint8))
+        image = Image.merge("LA", [*map(Image.fromarray, planes)])
+    rgba = image if image.mode == "RGBA" else image.convert("RGBA")
+    if profile is None:
+        return rgba
+    kind = "L" if image.mode in ("1", "L", "LA") else image.mode if image.mode == "CMYK" else "RGB"
+    space, transform = _to_srgb(profile, kind)
+    if transform is None:
+        return rgba
+    plain = image if space == "CMYK" else rgba.getchannel("R") if space == "L" else rgba.convert("RGB")
+    converted = ImageCms.applyTransform(plain, transform)
+    converted.putalpha(rgba.getchannel("A"))
+    return converted
+
+
+@lru_cache(16)
+def _to_srgb(profile: bytes, kind: str) -> tuple[str, ImageCms.ImageCmsTransform | None]:
+    """The mode that a colour profile is for and the way to sRGB, None where no colour changes by more than rounding."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        space = {"GRAY": "L"}.get(found := source.profile.xcolor_space.strip(), found)
+        if space != kind and (space, kind) != ("RGB", "L"):
+            raise PictureError(f"its colour profile is for {found}, its pixels are {kind}; save it in sRGB")
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), space, "RGB")
+    except (ImageCms.PyCMSError, OSError) as error:
+        raise PictureError(f"its colour profile cannot be used ({error}); save it in sRGB") from None
+    if space == "CMYK":
+        return space, transform
+    grid = np.indices((18,) * 3, np.uint8).reshape(3, 18, -1).transpose(1, 2, 0) * 15
+    sample = Image.fromarray(np.ascontiguousarray(grid)) if space == "RGB" else Image.linear_gradient("L")
+    change = np.asarray(ImageCms.applyTransform(sample, transform), int) - np.asarray(sample.convert("RGB"), int)
+    return space, transform if abs(change).max() > 2 else None
 
 
 def captioned_grid(

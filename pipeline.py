@@ -26,7 +26,7 @@ import dataset
 import parallel
 import schedule as schedules
 from files import writable
-from images import as_picture, save_png
+from images import as_picture, as_rgba, load_picture, save_png
 from model import abstract
 from params import Params, Sampling
 from samplers import SOLVERS, timesteps
@@ -235,13 +235,13 @@ class DiffusionPipeline:
         for name, picture, modes in (("image", edit.image, "RGB RGBA L LA P PA 1"), ("mask", edit.mask, "L 1")):
             if picture is None:
                 continue
-            opened[name] = picture if isinstance(picture, Image.Image) else Image.open(picture)
+            opened[name] = picture if isinstance(picture, Image.Image) else load_picture(Path(picture))
             if opened[name].size != size:
                 sizes = " x ".join(map(str, opened[name].size)), " x ".join(map(str, size))
                 raise ValueError(f"{name} is {sizes[0]}; this checkpoint draws {sizes[1]}: resize it first")
             if opened[name].mode not in modes.split():
                 raise ValueError(f"{name}: its mode is {opened[name].mode}; save it in one of {modes}")
-        image = dataset.fit(opened["image"].convert("RGBA"), *self.shape)
+        image = dataset.fit(as_rgba(opened["image"]), *self.shape)
         mask = opened["mask"] and np.asarray(opened["mask"].convert("L"))[..., None] > 127
         return image, mask
 

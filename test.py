@@ -62,9 +62,9 @@ def main() -> None:
 
 def text_of(path: Path) -> dict[str, str]:
     """The text that a PNG carries: how it was sampled."""
-    from PIL import Image  # imported here, as all that is slow, so that --help is instant
+    from images import reading  # imported here, as all that is slow, so that --help is instant
 
-    with Image.open(path) as picture:
+    with reading(path) as picture:
         return dict(getattr(picture, "text", {}))
 
 

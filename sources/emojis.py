@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from dataset import CSV, DatasetError
 from files import replacing, writable
-from images import save_png
+from images import PictureError, reading, save_png
 from sources.names import name_of
 from sources.packages import Package, PackageError, fetch, npm, pypi
 
@@ -258,7 +258,7 @@ def _new_rows(rows: list[list[str]], emojis: Iterable[str]) -> list[list[str]]:
 
 def _shows(path: Path, points: str) -> bool:
     """Whether `path` is a whole picture of the emoji with these code points."""
-    with suppress(OSError, SyntaxError, ValueError, EOFError), Image.open(path, formats=["PNG"]) as picture:
+    with suppress(PictureError), reading(path) as picture:
         picture.load()
         return picture.info.get("emoji") == points
     return False  # absent, cut short, or not a picture

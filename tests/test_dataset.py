@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import os
 import re
 import struct
 import tracemalloc
@@ -198,7 +199,7 @@ FAULTS = {
     "empty": (b"", "the file is empty"),
     "truncated": (truncated(), "a damaged picture: "),
     "text": (b"hello", "not a picture"),
-    "large": (gigantic(5_000), "5000x5000 is gigantic"),
+    "large": (gigantic(8_000), "8000x8000 is gigantic"),
     "huge": (gigantic(60_000), "a damaged picture: Image size .* exceeds"),
 }
 
@@ -220,6 +221,24 @@ def test_a_folder_in_the_place_of_a_picture_is_reported(three, lenient):
     (three / "image" / "Google" / "1.png").unlink()
     (three / "image" / "Google" / "1.png").mkdir()
     assert load(three, vendor="Google", limit=0, **SMALL).faults[0].what.startswith("cannot be read")
+
+
+ENDLESS = {
+    "pipe": (os.mkfifo, "it is not a regular file"),
+    "device": (lambda path: path.symlink_to("/dev/zero"), "it is not a regular file"),
+    "sparse": (lambda path: [path.touch(), os.truncate(path, 20 * 2**30)], r"it has 20\.0 GiB, more than 0\.25"),
+}
+
+
+@pytest.mark.parametrize("kind", ENDLESS)
+@pytest.mark.parametrize("decode", [True, False])
+def test_a_file_without_end_is_not_opened(three, kind, decode, lenient):
+    make, what = ENDLESS[kind]
+    (three / "image" / "Google" / "2.png").unlink()
+    make(three / "image" / "Google" / "2.png")
+    ((where, found),) = load(three, vendor="Google", limit=0, **SMALL, decode=decode).faults
+    assert where == "image/Google/2.png"
+    assert re.fullmatch(f"cannot be read: {what}", found)
 
 
 def test_too_many_faults_name_the_first_and_the_way_out(three, monkeypatch):
@@ -521,7 +540,7 @@ def test_pictures_are_held_once(tmp_path, monkeypatch):
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert pictures.images.nbytes == 200 * 64 * 96 * 3
-        assert peak < 1.2 * pictures.images.nbytes
+        assert peak < 1.25 * pictures.images.nbytes
 
 
 def test_each_side_of_a_split_is_a_stretch_of_one_array(several, tiny, monkeypatch):

@@ -3,7 +3,9 @@
 import dataclasses
 import itertools
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import get_args
 
 import jax
@@ -341,6 +343,35 @@ def test_pictures_and_masks_that_do_not_fit_are_refused(drawer, photo, edit, mes
 def test_what_cannot_be_drawn_is_refused(drawer, wrong, message):
     with pytest.raises(ValueError, match=message):
         drawer.generate_images(**{"prompts": ["disc"], "sampling": Sampling(steps=1), **wrong})
+
+
+@pytest.mark.parametrize("prompt", [None, 7, ["red disc"], Path("red disc"), b"red disc", "half a \ud83d"])
+def test_a_prompt_is_a_text(drawer, prompt):
+    with pytest.raises(ValueError, match=r"a prompt is a text, got|is not valid Unicode"):
+        drawer.generate_image(prompt, steps=1)
+    with pytest.raises(ValueError, match=r"a prompt is a text, got|is not valid Unicode"):
+        drawer.generate_images(["red disc", prompt], Sampling(steps=1))
+    if not isinstance(prompt, list | bytes):
+        with pytest.raises(ValueError, match=r"prompts is .*: give a list of prompts"):
+            drawer.generate_images(prompt)
+
+
+def test_two_emoji_are_two_pictures(drawer):
+    one, two = (np.asarray(drawer.generate_image(text, steps=2)) for text in ("😀", "😢"))
+    assert (one != two).any()
+    np.testing.assert_array_equal(one, drawer.generate_image("grinning face", steps=2))
+
+
+def test_a_file_that_is_no_picture_is_refused_by_name(drawer, tmp_path):
+    path = tmp_path / "a.png"
+    for make in (Path.mkdir, lambda path: path.write_bytes(b"x"), os.mkfifo):
+        make(path)
+        for edit in (Edit(path), Edit(Image.new("RGB", (12, 8)), mask=path)):
+            with pytest.raises(ValueError, match=r"a\.png: (cannot be read: it is not a regular file|not a picture)"):
+                drawer.generate_image("red disc", steps=1, edit=edit)
+        with pytest.raises(ValueError, match=r"a\.png: (cannot be read: it is not a regular file|not a picture)"):
+            remembered(path)
+        path.rmdir() if path.is_dir() else path.unlink()
 
 
 @pytest.mark.parametrize(
