@@ -3,6 +3,8 @@
     <root>/full_emoji.csv              columns `#` and `name`; `keywords` and `split` if there are any; others ignored
     <root>/image/<vendor>/<#>.png      any size and mode; `#` is any file name, not only a number
 
+Another row with the same `#` is a further caption of that picture.
+
 This is the layout of the Kaggle emoji set, and of pictures of one's own. `read_rows` reads the CSV, `read_pictures`
 the pictures of its rows, `collect` keeps the good ones; `load`, below, puts the three together.
 
@@ -17,12 +19,14 @@ import csv
 import hashlib
 import json
 import math
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, SupportsIndex
+from unicodedata import normalize
 
 import numpy as np
 from jaxtyping import Bool, UInt8
@@ -37,6 +41,7 @@ MAX_BAD = 0.05  # refuse a dataset with a larger share of broken rows and pictur
 BLOCK, PART = 512, 32  # pictures decoded and cached together; those of them that a thread takes at a time
 FORMAT = 2  # of the cache; any change of what decoding gives needs another number
 VARIANTS = 4  # other captions of a picture, made from its keywords
+NO_NAME = re.compile(r"[\x00-\x1f\x7f-\x9f/\\]|^\.\.?$")  # in the name of a file: a path, what a terminal obeys
 
 
 class DatasetError(ValueError):
@@ -57,6 +62,8 @@ class Row(NamedTuple):
     keywords: str
     heldout: bool
     fault: Fault | None
+    number: int  # as a spreadsheet counts
+    others: list[str]  # further captions, of later rows with the same index
 
 
 # Each row, its good pictures by vendor (uint8 [h, w, c], or None where they stay on the disk), and all of its faults
@@ -71,7 +78,8 @@ class Pictures(NamedTuple):
     keywords: list[str]  # "face, happy, joy", or ""
     heldout: Bool[np.ndarray, "n"]
     faults: list[Fault]
-    fingerprint: str  # SHA-256 of all of the above but the folders; of files' names where pictures stay on the disk
+    fingerprint: str  # SHA-256 of all of this but the folders; of files' names where pictures stay on the disk
+    others: list[list[str]]  # further captions of each
 
     def file(self, row: SupportsIndex) -> Path:
         return self.folders[row] / f"{self.indexes[row]}.png"
@@ -107,6 +115,7 @@ def load(root: Path, *, vendor: str, limit: int, shape: tuple[int, int, int], de
         heldout=np.array([row.heldout for row, _ in kept]),
         faults=faults,
         fingerprint="",
+        others=[row.others for row, _ in kept],
     )
     return pictures._replace(fingerprint=_fingerprint(pictures, pixels=decode))
 
@@ -128,39 +137,61 @@ def read_rows(root: Path) -> list[Row]:
 def _parse(path: Path, lines) -> Iterator[Row]:
     """The rows below the header, of the csv.reader of a file."""
     header = [name.strip() for name in next(lines, [])]
+    if lines.line_num > 1:
+        raise DatasetError(f"{path}: a line break inside its first row: is a quotation mark missing there?")
     absent = [f"`{name}`" for name in ("#", "name") if name not in header]
     if absent:
         found = f"it has {', '.join(f'`{name}`' for name in header[:20])}" if header else "it is empty"
         raise DatasetError(f"{path} lacks the column {' and '.join(absent)} in its first row; {found}")
     places = [header.index(name) if name in header else len(header) for name in COLUMNS]
-    n, first_with, end = len(header), {}, lines.line_num
+    folders = [path.parent / "image" / vendor for vendor in vendors(path.parent)]
+    n, firsts, end = len(header), {}, lines.line_num
     for number, fields in enumerate(lines, start=2):  # the header is a spreadsheet's row 1
         start, end = end, lines.line_num
         padded = fields[:n] + [""] * (n + 1)  # a short row, or a column that is absent
         index, name, keywords, split = (" ".join(padded[place].split()) for place in places)
         if not (index or name or keywords or split):
             continue
-        index = re.sub(r"^(\d+)\.0+$", r"\1", index)  # a spreadsheet made a number of it
+        index = _index(padded[places[0]], folders)
         name = name.removeprefix("⊛").strip()  # Unicode's mark of a new emoji
         too_many = f"{len(fields)} fields, the header {n}: put the caption in quotation marks"
+        heldout, first = split.lower() == "heldout", firsts.get(index)
+        other_side = first and f"{split!r}, but row {first.number} with the same # is on the other side"
         faults = (  # the first that is true is reported
             (end > start + 1, "", "a line break inside a field: is a quotation mark missing at the end of one?"),
             (any(map(str.strip, fields[n:])), "", too_many),
             (not index, ", column #", "empty; it must be the name of the picture's file without .png"),
-            (re.search(r"[/\\\0]|^\.\.?$", index), ", column #", f"{index!r} is not the name of a file"),
-            (index in first_with, ", column #", f"{index!r} is already the # of row {first_with.get(index)}"),
+            (NO_NAME.search(index), ", column #", f"{index!r} is not the name of a file"),
             (not name, ", column name", "empty; it must be the picture's caption"),
             (split.lower() not in SIDES, ", column split", f"{split!r} is neither train nor heldout"),
+            (first and split and heldout != first.heldout, ", column split", other_side),
         )
-        first_with.setdefault(index, number)
         fault = next((Fault(f"{CSV} row {number}{column}", what) for wrong, column, what in faults if wrong), None)
-        yield Row(index, name, keywords, split.lower() == "heldout", fault)
+        row = Row(index, name, keywords, heldout, fault, number, [])
+        if fault or not first:
+            yield row
+        elif name not in (first.name, *first.others):
+            first.others.append(name)
+        if not fault:
+            firsts.setdefault(index, row)
+
+
+def _index(written: str, folders: list[Path]) -> str:
+    """The name of a row's pictures without .png: as it is written if a vendor has such a file, else tidied."""
+    words = " ".join(written.split())
+    tidy = re.sub(r"^(\d+)\.0+$", r"\1", words)  # a spreadsheet made a number of it
+    names = (written, written.strip(), words, tidy)
+    names = dict.fromkeys([*names, *(normalize(form, name) for name in names for form in ("NFC", "NFD"))])
+    if len(names) == 1:  # nearly always, and nothing is looked for on the disk
+        return tidy
+    return next((name for name in names for folder in folders if os.path.exists(folder / f"{name}.png")), tidy)
 
 
 def vendors(root: Path) -> list[str]:
-    """Names of the folders of pictures in a dataset."""
+    """Names of the folders of pictures in a dataset; hidden ones, as Jupyter and macOS leave there, are none."""
     folder = root / "image"
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _chosen(root: Path, vendor: str) -> list[str]:
@@ -332,8 +363,9 @@ def _fingerprint(pictures: Pictures, *, pixels: bool) -> str:
     """SHA-256 of captions, `#`, keywords, split, and pixels or else files' names, which a mended picture keeps."""
     files = (f"{folder.name}/{index}.png" for folder, index in zip(pictures.folders, pictures.indexes, strict=True))
     what = pictures.images.shape if pixels else [*files]
-    words = json.dumps([what, pictures.names, pictures.indexes, pictures.keywords, pictures.heldout.tolist()])
-    digest = hashlib.sha256(words.encode())
+    words = [what, pictures.names, pictures.indexes, pictures.keywords, pictures.heldout.tolist()]
+    words += [pictures.others] if any(pictures.others) else []  # which sets of earlier checkpoints had not
+    digest = hashlib.sha256(json.dumps(words).encode())
     if pixels:
         digest.update(pictures.images.reshape(-1))
     return digest.hexdigest()
@@ -361,7 +393,7 @@ def select(pictures: Pictures, rows) -> Pictures:
     consecutive = len(rows) > 0 and (np.diff(rows) == 1).all()
     part = slice(rows[0], rows[-1] + 1) if consecutive else rows
     images = None if pictures.images is None else pictures.images[part]
-    fields = ("names", "indexes", "folders", "keywords")
+    fields = ("names", "indexes", "folders", "keywords", "others")
     lists = {field: [getattr(pictures, field)[row] for row in rows] for field in fields}
     return pictures._replace(images=images, heldout=pictures.heldout[rows], **lists)
 
@@ -386,23 +418,25 @@ def styled(name: str, vendor: str) -> str:
 
 
 def variants(pictures: Pictures) -> list[list[str]]:
-    """Other captions of each picture, at most VARIANTS, from keywords that its name lacks; raises DatasetError.
+    """Further captions of each picture, then at most VARIANTS from keywords that its name lacks; raises DatasetError.
 
     Of "face, joy, smile" for "cat" these are "cat, face", "joy" and "cat, smile", with the style of several vendors.
     """
     several = len(set(pictures.folders)) > 1
     found = []
-    for name, keywords, folder in zip(pictures.names, pictures.keywords, pictures.folders, strict=True):
+    fields = (pictures.names, pictures.keywords, pictures.others, pictures.folders)
+    for name, keywords, others, folder in zip(*fields, strict=True):
         name = name.removesuffix(styled("", folder.name)) if several else name
         words = {word.strip().lower(): word.strip() for word in keywords.split(",")}
         words = [word for lower, word in words.items() if lower not in name.lower()]
         count = min(VARIANTS, len(words))
         spread = [words[i * len(words) // count] for i in range(count)]
-        texts = [word if i % 2 else f"{name}, {word}" for i, word in enumerate(spread)]
+        texts = [*others, *(word if i % 2 else f"{name}, {word}" for i, word in enumerate(spread))]
         found.append([styled(text, folder.name) if several else text for text in texts])
     if not any(found):
         raise DatasetError(
             f"no picture to train on has a keyword beyond its name in {CSV}, and --caption_variants needs some: fill "
-            'the column `keywords` (such as "face, happy, joy"), or train with --caption_variants 0'
+            'the column `keywords` (such as "face, happy, joy"), add rows with the same # and another caption, or '
+            "train with --caption_variants 0"
         )
     return found

@@ -15,17 +15,42 @@ from typing import Literal
 
 import tyro
 
+from params import PRESETS
+
 
 @dataclass(frozen=True)
 class Options:
     vendor: Literal["any", "Google", "Twitter", "OpenMoji"] = "any"  # whose pictures; any: the first to be had
     data: Path = Path("emojiimage-dataset")  # the folder to fill or to check
     check: tyro.conf.FlagCreatePairsOff[bool] = False  # only list what is faulty in an existing dataset
+    encoder: str = PRESETS["quick"].encoder  # with --check: the text encoder that should know the captions' words
+
+
+def unknown_words(root: Path, encoder: str) -> list:
+    """A fault for each caption with words that the text encoder does not know; none where it cannot be had."""
+    import dataset
+    import text_encoder
+
+    try:
+        tokenizer = text_encoder.read_tokenizer(text_encoder.locate(encoder))
+    except text_encoder.EncoderError as error:
+        print(f"note: the words of the captions were not checked: {error}", file=sys.stderr)
+        return []
+    rows = [row for row in dataset.read_rows(root) if not row.fault]
+    texts = [text_encoder.spelled(" ".join([row.name, *row.others]), tokenizer) for row in rows]
+    found = zip(rows, text_encoder.unknown_words(texts, tokenizer), strict=True)
+    what = "the text encoder does not know {}: to it all such words are one and the same"
+    return [
+        dataset.Fault(f"{dataset.CSV} row {row.number}, column name", what.format(", ".join(map(repr, words))))
+        for row, words in found
+        if words
+    ]
 
 
 def main(options: Options) -> int:
     """Prepare, unless only asked to check, then check; returns the exit status: 0 if all is well."""
     import dataset  # tyro answers --help before any of the heavy imports
+    from files import printable
     from sources import emojis
     from sources.packages import PackageError
 
@@ -34,11 +59,15 @@ def main(options: Options) -> int:
         if not options.check:
             emojis.prepare(root, "" if options.vendor == "any" else options.vendor)
         faults = dataset.check(root)
+        faults += unknown_words(root, options.encoder) if options.check else []
         for where, what in faults:
-            print(f"{where}: {what}")
-        counts = [f"{len([*(root / 'image' / vendor).glob('*.png')])} {vendor}" for vendor in dataset.vendors(root)]
+            print(printable(f"{where}: {what}"))
+        folders = {vendor: root / "image" / vendor for vendor in dataset.vendors(root)}
+        counts = [f"{len([*folder.glob('[!.]*.png')])} {vendor}" for vendor, folder in folders.items()]
+        further = sum(len(row.others) for row in dataset.read_rows(root))
         verdict = f"{len(faults)} faulty rows and pictures" if faults else "no faults"
-        print(f"{root}: {verdict}; pictures: {', '.join(counts) or 'none'}")
+        verdict += f"; {further} further captions of rows with the same #" if further else ""
+        print(printable(f"{root}: {verdict}; pictures: {', '.join(counts) or 'none'}"))
         if options.check:
             return 1 if faults else 0
         print("Next: python train.py quick")

@@ -35,7 +35,8 @@ def pictures(vendors, keywords="") -> Pictures:
     images = np.arange(len(rows), dtype=np.uint8).reshape(-1, 1, 1, 1)
     folders = [Path("image", vendor) for _, vendor in rows]
     heldout = np.zeros(len(rows), bool)
-    return Pictures(images, names, [str(i) for i, _ in rows], folders, [keywords] * len(rows), heldout, [], "")
+    indexes, words, others = [str(i) for i, _ in rows], [keywords] * len(rows), [[] for _ in rows]
+    return Pictures(images, names, indexes, folders, words, heldout, [], "", others)
 
 
 def shown(some: Pictures, steps: int, **options) -> tuple[np.ndarray, np.ndarray]:
@@ -104,7 +105,7 @@ def test_variants_are_few_different_and_say_something_new():
         "face, Face ,joy": ["grinning cat, Face", "joy"],
         "one, two, 3, 4, 5, 6, 7, 8": ["grinning cat, one", "3", "grinning cat, 5", "7"],
     }
-    message = r"no picture .* keyword .*--caption_variants needs some.* `keywords`"
+    message = r"no picture .* keyword .*--caption_variants needs some.* `keywords`.* rows with the same #"
     for keywords, texts in expected.items():
         if texts is None:
             with pytest.raises(DatasetError, match=message):
@@ -119,6 +120,16 @@ def test_variants_name_the_vendor_where_there_are_several():
         ["thing 0, cat, Two style"],
         [],
     ]
+
+
+def test_further_captions_are_variants_before_those_of_keywords():
+    cat = pictures([(0,), (0,)])._replace(names=["a cat", "a dog"], keywords=["pet", ""])
+    others = [["my cat", "a pet that sleeps"], [f"dog {i}" for i in range(9)]]
+    assert variants(cat._replace(others=others)) == [[*others[0], "a cat, pet"], others[1]]
+    both = pictures([(0, 1)])._replace(others=[["it"], ["it"]])
+    assert variants(both) == [["it, One style"], ["it, Two style"]]
+    _, texts = shown(cat._replace(others=others), 200, B=2, caption_variants=1.0)
+    assert set(texts) == set(range(2, 14))  # all of them, and none but them
 
 
 def test_variants_are_shown_at_their_rate_and_belong_to_their_picture():

@@ -101,14 +101,14 @@ def test_fields_are_tidied_but_never_guessed_at(tmp_path):
 
 
 def test_a_faulty_row_is_named_as_a_spreadsheet_counts(tmp_path, lenient):
-    rows = [["#", "name", "split"], ["1", " two  words", ""], [], ["", "no number", ""], ["1", "again", ""]]
+    rows = [["#", "name", "split"], ["1", " two  words", ""], [], ["", "no number", ""], ["\x1b[31m4", "x", ""]]
     rows += [["2", "⊛ ", ""], ["3", "x", "test"], ["../1", "x", ""], ["..", "x", ""], ["4", "good", ""]]
     root = write(tmp_path, rows, {"1": png(), "2": png(), "3": png(), "4": png()})
     pictures = load(root, vendor="Google", limit=0, **SMALL)
     assert pictures.names == ["two words", "good"]
     assert [tuple(fault) for fault in pictures.faults] == [
         ("full_emoji.csv row 4, column #", "empty; it must be the name of the picture's file without .png"),
-        ("full_emoji.csv row 5, column #", "'1' is already the # of row 2"),
+        ("full_emoji.csv row 5, column #", r"'\x1b[31m4' is not the name of a file"),
         ("full_emoji.csv row 6, column name", "empty; it must be the picture's caption"),
         ("full_emoji.csv row 7, column split", "'test' is neither train nor heldout"),
         ("full_emoji.csv row 8, column #", "'../1' is not the name of a file"),
@@ -127,6 +127,8 @@ def test_a_faulty_row_is_named_as_a_spreadsheet_counts(tmp_path, lenient):
         (b"#,name\n1,caf\xe9\n", "is not UTF-8 .*; save it as UTF-8"),
         (b'#,name\n1,"a\n2,b\n', r"1 of 1 rows .*first: full_emoji\.csv row 2: a line break inside a field"),
         (b"#,name\n", r"no captioned picture for vendor Google \(0 rows"),
+        (b'#,name,"other\n1,a,b\n2,c",d\n3,e,f\n', "a line break inside its first row: is a quotation mark missing"),
+        (b"#,\x1b[31mtitle\n1,a\n", r"it has `#`, `\\x1b\[31mtitle`"),
     ],
 )
 def test_a_csv_that_cannot_be_used_says_why(three, content, message):
@@ -157,11 +159,45 @@ def test_a_quotation_mark_that_is_never_closed_is_a_fault_of_its_row(three, leni
     broken, whole = ('1,"red,x', '"green",x') if column == "name" else ('1,red,"x', 'green,"x"')
     (three / "full_emoji.csv").write_text(f"#,name,other\n3,blue,x\n{broken}\n2,{whole}\n\n1,red,x\n")
     pictures = load(three, vendor="Google", limit=0, **SMALL)
-    assert pictures.names == ["blue"]
-    assert [fault.where for fault in pictures.faults] == ["full_emoji.csv row 3", "full_emoji.csv row 5, column #"]
+    assert pictures.names == ["blue", "red"]
+    assert [fault.where for fault in pictures.faults] == ["full_emoji.csv row 3"]
     assert pictures.faults[0].what.startswith("a line break inside a field: is a quotation mark missing")
     (three / "full_emoji.csv").write_text(f"#,name,other\r\n3,blue,x\r\n{broken}\r\n2,green,x\r\n")
     assert [fault.where for fault in load(three, vendor="Google", limit=0, **SMALL).faults] == ["full_emoji.csv row 3"]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_captions_of_any_letters_come_back_whole_or_are_a_fault_of_their_row(tmp_path, seed):
+    draw, letters = np.random.default_rng(seed), list("ab,;\"' \té🐶#")
+    captions = ["x" + "".join(draw.choice(letters, draw.integers(1, 12))) + "y" for _ in range(40)]
+    rows = [[str(i), caption, "face, joy"] for i, caption in enumerate(captions)]
+    root = write(tmp_path, [["#", "name", "keywords"], *rows], {})
+    assert [row.name for row in dataset.read_rows(root)] == [" ".join(caption.split()) for caption in captions]
+
+    lines = [f"{i},{caption},joy".replace('"', "") for i, caption in enumerate(captions)]
+    (root / "full_emoji.csv").write_text("\n".join(["#,name,keywords", *lines]), encoding="utf-8")
+    for number, (line, row) in enumerate(zip(lines, dataset.read_rows(root), strict=True), start=2):
+        what = f"{line.count(',') + 1} fields, the header 3: put the caption in quotation marks"
+        assert row.fault == (None if line.count(",") == 2 else (f"full_emoji.csv row {number}", what))
+
+
+def test_a_csv_that_was_damaged_anywhere_gives_rows_or_says_so(three, lenient):
+    lines = ["#,name,keywords,split", '1,red,"a, b",train', '2,"green, or so",,heldout', "3,blue,c,", "3,navy,,"]
+    whole, draw = "\r\n".join(lines).encode(), np.random.default_rng(0)
+    for _ in range(300):
+        data = bytearray(whole)
+        start, length = draw.integers(len(data)), draw.integers(1, 9)
+        data[start : start + length] = (
+            draw.choice([*b',"\r\n#;a1\xff\0\x1b\xef'], draw.integers(0, 9)).astype(np.uint8).tobytes()
+        )
+        (three / "full_emoji.csv").write_bytes(data)
+        try:
+            pictures = load(three, vendor="Google", limit=0, **SMALL, decode=False)
+            assert len(pictures.names) == len(pictures.others) <= 3
+            said = [*pictures.indexes, *(fault.where for fault in pictures.faults)]
+        except DatasetError as error:
+            said = [str(error)]
+        assert all(map(str.isprintable, said))
 
 
 def test_a_missing_folder_says_so(tmp_path):
@@ -180,6 +216,82 @@ def test_nothing_found_at_all_is_an_error(three):
     (three / "image" / "Twitter").mkdir()
     with pytest.raises(DatasetError, match=r"no captioned picture .*first fault: image/Twitter/1\.png: there is"):
         load(three, vendor="Twitter", limit=0, **SMALL)
+
+
+# Rows with the same `#`, and the names of files.
+
+
+def test_rows_with_the_same_number_are_further_captions(three, tiny):
+    rows = ["1,red,s,", "2,green,,heldout", "1,a red square,t,train", "3,blue,,", "2,grass,,", "1,red,,", "1.0,last,,"]
+    (three / "full_emoji.csv").write_text("\n".join(["#,name,keywords,split", *rows]))
+    pictures = load(three, vendor="Google", limit=0, **SMALL)
+    assert pictures.names == ["red", "green", "blue"]
+    assert pictures.others == [["a red square", "last"], ["grass"], []]
+    assert (pictures.keywords, pictures.faults) == (["s", "", ""], [])
+    assert load(three, vendor="Google", limit=0, **SMALL, decode=False).others == pictures.others
+    first = dataset.from_config(dataclasses.replace(tiny, data=str(three), vendor="Google", H=8, W=8))
+    assert first.others == [["a red square", "last"], [], ["grass"]]
+    (three / "full_emoji.csv").write_text("\n".join(["#,name,keywords,split", *rows[:-1]]))
+    assert load(three, vendor="Google", limit=0, **SMALL).fingerprint != pictures.fingerprint
+
+
+def test_a_further_caption_is_on_the_side_of_the_first_and_good(three, lenient):
+    rows = ["1,,", "1,red,", "1,scarlet,heldout", "2,green,heldout", "2,grass,train", "2,,", "3,blue,"]
+    (three / "full_emoji.csv").write_text("\n".join(["#,name,split", *rows]))
+    pictures = load(three, vendor="Google", limit=0, **SMALL)
+    assert (pictures.names, pictures.others) == (["red", "green", "blue"], [[], [], []])
+    places = ((2, "name"), (4, "split"), (6, "split"), (7, "name"))
+    assert [fault.where for fault in pictures.faults] == [f"full_emoji.csv row {n}, column {c}" for n, c in places]
+    assert pictures.faults[1].what == "'heldout', but row 3 with the same # is on the other side"
+
+
+NAMES = {  # as the CSV has it, as the disk has it
+    "no-break space": ("a\u00a0b", "a\u00a0b"),
+    "narrow space": ("a\u202fb", "a\u202fb"),
+    "two spaces": ("a  b", "a  b"),
+    "space at the end": ("a ", "a "),
+    "spaces around": ("  a ", "a"),
+    "number of a spreadsheet": ("1.0", "1"),
+    "name like a number": ("1.0", "1.0"),
+    "composed": ("caf\u00e9", "cafe\u0301"),
+    "decomposed": ("cafe\u0301", "caf\u00e9"),
+    "spaces and accents": (" cafe\u0301  noir", "caf\u00e9 noir"),
+    "long": ("x" * 251, "x" * 251),
+}
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_a_file_is_found_under_the_name_as_written_or_tidied(tmp_path, kind):
+    written, stem = NAMES[kind]
+    root = write(tmp_path, [["#", "name"], [written, "x"]], {stem: png()})
+    pictures = load(root, vendor="Google", limit=0, **SMALL)
+    assert (pictures.indexes, pictures.faults) == ([stem], [])
+    assert pictures.file(0).is_file()
+
+
+def test_names_that_only_tidying_makes_equal_are_two_pictures(tmp_path):
+    stems = ["1", "1.0", "a b", "a  b", "\u00e9", "e\u0301"]
+    rows = [["#", "name"], *([stem, f"n{i}"] for i, stem in enumerate(stems))]
+    root = write(tmp_path, rows, {stem: png((i, 0, 0, 255)) for i, stem in enumerate(stems)})
+    pictures = load(root, vendor="Google", limit=0, **SMALL)
+    assert (pictures.indexes, pictures.others) == (stems, [[]] * len(stems))
+    assert pictures.images[:, 0, 0, 0].tolist() == [*range(len(stems))]
+
+
+@pytest.mark.parametrize("length", [252, 300, 5000])
+def test_a_name_that_no_disk_can_hold_is_one_fault_among_others(tmp_path, length):
+    rows = [["#", "name"], ["1", "x"], ["é" * length, "long"], ["2", "y"], ["", "z"]]
+    root = write(tmp_path, rows, {"1": png()})
+    where, what = zip(*check(root), strict=True)
+    assert where == ("full_emoji.csv row 5, column #", f"image/Google/{'é' * length}.png", "image/Google/2.png")
+    assert what[1:] == ("cannot be read: File name too long", dataset.MISSING)
+
+
+def test_what_jupyter_and_macos_leave_behind_is_no_vendor(three):
+    (three / "image" / ".ipynb_checkpoints").mkdir()
+    (three / "image" / "Google" / "._1.png").write_bytes(b"resource fork")
+    assert dataset.vendors(three) == ["Google"]
+    assert check(three) == []
 
 
 # Pictures at fault.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from golden.make_hidden_states import tiny_bert
 from PIL import Image, ImageFont, features
 
 import dataset
@@ -285,7 +286,7 @@ def test_a_font_without_bitmaps_says_so(monkeypatch, tmp_path):
 
 
 def options(**given):
-    return prepare_dataset.Options(**given)
+    return prepare_dataset.Options(**{"encoder": "no/such encoder", **given})
 
 
 def test_the_command_prepares_then_checks(few, tmp_path, monkeypatch, capsys):
@@ -295,7 +296,9 @@ def test_the_command_prepares_then_checks(few, tmp_path, monkeypatch, capsys):
     expected = [f"{root}: no faults; pictures: 5 Google", "Next: python train.py quick"]
     assert capsys.readouterr().out.splitlines()[-2:] == expected
     assert prepare_dataset.main(options(data=root, check=True)) == 0
-    assert capsys.readouterr().out == f"{root}: no faults; pictures: 5 Google\n"
+    found = capsys.readouterr()
+    assert found.out == f"{root}: no faults; pictures: 5 Google\n"
+    assert found.err.startswith("note: the words of the captions were not checked: text encoder 'no/such encoder' is")
     (root / "image" / "Google" / "2.png").write_bytes(b"")
     (root / "image" / "Google" / "3.png").unlink()
     assert prepare_dataset.main(options(data=root, check=True)) == 1
@@ -304,6 +307,37 @@ def test_the_command_prepares_then_checks(few, tmp_path, monkeypatch, capsys):
         f"image/Google/3.png: {dataset.MISSING}",
         f"{root}: 2 faulty rows and pictures; pictures: 4 Google",
     ]
+
+
+def test_the_command_names_words_that_the_encoder_does_not_know(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(files, "CACHE", tmp_path / "cache")
+    encoder, root = tiny_bert(tmp_path / "bert"), tmp_path / "set"
+    (root / "image" / "mine").mkdir(parents=True)
+    for stem in "123":
+        drawn(0)().save(root / "image" / "mine" / f"{stem}.png")
+    rows = ["#,name,keywords", "1,my 🐶,", "2,a cat,", "1,สวัสดี,", "3,seven 7 ok,"]
+    (root / "full_emoji.csv").write_text("\n".join(rows), encoding="utf-8")
+    assert prepare_dataset.main(options(data=root, check=True, encoder=str(encoder))) == 1
+    what = "the text encoder does not know {}: to it all such words are one and the same"
+    assert capsys.readouterr().out.splitlines() == [
+        f"full_emoji.csv row 2, column name: {what.format(repr('สวัสดี'))}",
+        f"full_emoji.csv row 5, column name: {what.format(repr('7'))}",
+        f"{root}: 2 faulty rows and pictures; 1 further captions of rows with the same #; pictures: 3 mine",
+    ]
+
+
+def test_nothing_that_a_csv_or_a_folder_holds_reaches_the_terminal_as_a_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(files, "CACHE", tmp_path / "cache")
+    evil = "\x1b]0;owned\x07\x9b31m\u202e"
+    (tmp_path / "image" / evil).mkdir(parents=True)
+    for rows in (f"#,name\n{evil},x\n1,{evil}\n", f"#,name,split\n1,x,{evil}\n", f"#,{evil}\n"):
+        (tmp_path / "full_emoji.csv").write_text(rows, encoding="utf-8")
+        assert prepare_dataset.main(options(data=tmp_path, check=True)) == 1
+        with pytest.raises(DatasetError) as caught:
+            dataset.load(tmp_path, vendor=evil, limit=0, shape=(8, 8, 3))
+        printed = "".join([*capsys.readouterr(), str(caught.value)]).replace("\n", "")
+        assert "owned" in printed
+        assert printed.isprintable()
 
 
 def test_the_command_says_what_is_wrong_in_one_line(offline, tmp_path, monkeypatch, capsys):
