@@ -9,7 +9,7 @@ from the seed and the step alone, so that a run can go on at any step and nothin
 An epoch is one pass over the concepts, the rows of the CSV, in an order of its own: one NumPy permutation from (seed,
 pass). Where several vendors have a picture of a concept, they take turns from pass to pass. A caption may be replaced
 by the empty one, which teaches the network to work without a caption, as guidance needs (Ho & Salimans 2022), or by
-another one made from keywords.
+another one: of a further row of the CSV, or made from keywords.
 """
 
 import hashlib

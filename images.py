@@ -132,7 +132,7 @@ def _to_srgb(profile: bytes, kind: str) -> tuple[str, ImageCms.ImageCmsTransform
     grid = np.indices((18,) * 3, np.uint8).reshape(3, 18, -1).transpose(1, 2, 0) * 15
     sample = Image.fromarray(np.ascontiguousarray(grid)) if space == "RGB" else Image.linear_gradient("L")
     change = np.asarray(ImageCms.applyTransform(sample, transform), int) - np.asarray(sample.convert("RGB"), int)
-    return space, transform if abs(change).max() > 2 else None
+    return space, (transform if abs(change).max() > 2 else None)
 
 
 def captioned_grid(

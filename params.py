@@ -72,7 +72,7 @@ class Params(Fields):
     encoder: str = "BAAI/bge-small-en"  # frozen BERT: a hub name or a folder
     TEXT_LEN: int = within(32, 2, 512)  # tokens of a caption; longer ones are cut
     embedding_dropout: float = within(0.1, 0, 1)  # chance that training leaves a caption empty, which guidance needs
-    caption_variants: float = within(0.0, 0, 1)  # chance that training takes a caption made from the keywords instead
+    caption_variants: float = within(0.0, 0, 1)  # chance that training takes a further caption, or one from keywords
     augmentation: float = within(0.0, 0, 1)  # chance of each small change to a picture; the network is told of it
 
     # Diffusion
