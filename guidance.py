@@ -4,10 +4,12 @@ Each returns a `denoise(noisy, t)`, so they nest, and no solver knows of them. E
 guidance 1, rescale 0, the interval from 0 to 1, a mask that is True everywhere.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from samplers import Denoise, Images
@@ -37,15 +39,24 @@ def classifier_free(both: Both, guidance: Float[Array, ""], rescale: Float[Array
     return denoise
 
 
-def limit_to_interval(interval: Float[Array, "2"], T: int, inside: Denoise, outside: Denoise) -> Denoise:
-    """`inside` where t / T lies in the interval, `outside` elsewhere; only the one in use is evaluated.
+def steps_within(interval: tuple[float, float], T: int) -> Int[np.ndarray, "2"]:
+    """The first and the last step whose noise level t / T lies in an interval, ends included.
+
+    0.7 * 1000 may come out beside 700, so a bound that close to a whole step means that step.
+    """
+    low, high = interval
+    return np.array([math.ceil(low * T - 1e-9), math.floor(high * T + 1e-9)], np.int32)
+
+
+def limit_to_interval(steps: Int[Array, "2"], inside: Denoise, outside: Denoise) -> Denoise:
+    """`inside` from the first to the last of these steps, `outside` elsewhere; only the one in use is evaluated.
 
     Guidance helps in the middle of the noise levels (Kynkäänniemi et al. 2024).
     """
 
     def denoise(noisy: Images, t: Int[Array, "b"]) -> Images:
-        level = t[0] / T  # a solver passes the same t for the whole batch
-        return jax.lax.cond((interval[0] <= level) & (level <= interval[1]), inside, outside, noisy, t)
+        guided = (steps[0] <= t[0]) & (t[0] <= steps[1])  # a solver passes the same t for the whole batch
+        return jax.lax.cond(guided, inside, outside, noisy, t)
 
     return denoise
 

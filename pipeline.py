@@ -26,6 +26,7 @@ import dataset
 import parallel
 import schedule as schedules
 from files import writable
+from guidance import steps_within
 from images import as_picture, as_rgba, load_picture, save_png
 from model import abstract
 from params import Params, Sampling
@@ -207,7 +208,7 @@ class DiffusionPipeline:
         controls = jax.device_put(Controls(
             guidance=None if sampling.c == 1 else np.float32(sampling.c),
             rescale=np.float32(sampling.rescale),
-            interval=None if sampling.interval == (0.0, 1.0) else np.float32(sampling.interval),
+            interval=None if sampling.interval == (0.0, 1.0) else steps_within(sampling.interval, self.config.T),
             percentile=None if sampling.percentile is None else np.float32(sampling.percentile),
             eta=np.float32(sampling.eta), temperature=np.float32(sampling.temperature), image=image, mask=mask,
         ))  # fmt: skip

@@ -35,7 +35,7 @@ class Controls(NamedTuple):
 
     guidance: Float[Array, ""] | None
     rescale: Float[Array, ""]
-    interval: Float[Array, "2"] | None
+    interval: Int[Array, "2"] | None  # first and last step that are guided
     percentile: Float[Array, ""] | None
     eta: Float[Array, ""]
     temperature: Float[Array, ""]
@@ -86,7 +86,7 @@ def build_sampler(
         if controls.guidance is not None:
             denoise = classifier_free(both, controls.guidance, controls.rescale)
             if controls.interval is not None:
-                denoise = limit_to_interval(controls.interval, config.T, denoise, positive)
+                denoise = limit_to_interval(controls.interval, denoise, positive)
         denoise = threshold(denoise, controls.percentile)
 
         shape = (config.H, config.W, config.CHANNELS)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import schedule as schedules
-from guidance import classifier_free, inpaint, limit_to_interval, threshold
+from guidance import classifier_free, inpaint, limit_to_interval, steps_within, threshold
 from samplers import SOLVERS, FreshNoise, timesteps
 
 POSITIVE, NEGATIVE = jax.random.normal(jax.random.key(0), (2, 2, 4, 3, 3))
@@ -52,11 +52,22 @@ def test_outside_of_the_interval_only_the_other_estimate_is_asked_for():
 
         return denoise
 
-    denoise = jax.jit(limit_to_interval(jnp.array([0.2, 0.8]), 1000, noting("in", POSITIVE), noting("out", NEGATIVE)))
-    for t, value in ((100, NEGATIVE), (200, POSITIVE), (800, POSITIVE), (801, NEGATIVE)):
+    denoise = jax.jit(limit_to_interval(jnp.array([200, 800]), noting("in", POSITIVE), noting("out", NEGATIVE)))
+    for t, value in ((199, NEGATIVE), (200, POSITIVE), (800, POSITIVE), (801, NEGATIVE)):
         np.testing.assert_array_equal(denoise(NOISY, jnp.full(2, t)), value)
     jax.effects_barrier()
     assert asked == ["out", "in", "in", "out"]
+
+
+@pytest.mark.parametrize("T", [2, 3, 7, 50, 1000, 1024, 99_991, 100_000])
+def test_an_interval_holds_exactly_the_steps_whose_noise_level_lies_in_it(T):
+    """For every step, against exact fractions of the numbers as a user writes them."""
+    for low, high in zip(range(101), range(100, -1, -1), strict=True):  # per cent; crossed, it holds nothing
+        first, last = steps_within((float(f"{low / 100:.2f}"), float(f"{high / 100:.2f}")), T)
+        t = np.arange(T + 1)
+        np.testing.assert_array_equal((first <= t) & (t <= last), (low * T <= 100 * t) & (100 * t <= high * T))
+    for t in range(0, T + 1, max(1, T // 1000)):
+        assert steps_within((t / T, t / T), T).tolist() == [t, t]
 
 
 def test_thresholds_leave_pictures_in_range_alone_and_bring_others_back():
