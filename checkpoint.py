@@ -22,7 +22,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from files import flush, sha256
+from files import flush, parsed, sha256
 
 ITEMS = ("ema_short", "ema_long", "train", "about")
 NAMES = r"epoch\d+|final|stopped"  # of the checkpoints of a run
@@ -228,10 +228,12 @@ def _verify(folder: Path, items: Iterable[str]) -> None:
         raise CheckpointError(f"no checkpoint at {folder}; {hint}")
     others = set(ITEMS) - {*items, "about"}
     try:
-        sums = json.loads((folder / "checksums.json").read_text())
-        names = [name for name in sorted({*sums, *_files(folder)}) if name.partition("/")[0] not in others]
-        altered = [name for name in names if sha256(folder / name) != sums.get(name)]
-        fault = f"not as checksums.json says: {', '.join(altered[:3])}" if altered else ""
+        sums, files = parsed((folder / "checksums.json").read_bytes()), _files(folder)
+        listed, present = ({name for name in names if name.partition("/")[0] not in others} for names in (sums, files))
+        missing = (listed - present) | ({*items, "about"} - {name.partition("/")[0] for name in present})
+        altered = {name for name in present if sha256(folder / name) != sums.get(name)}
+        fault = f"not as checksums.json says: {', '.join(sorted(altered)[:3])}" if altered else ""
+        fault = f"missing: {', '.join(sorted(missing)[:3])}" if missing else fault
     except OSError as error:
         fault = _reason(error)
     except (ValueError, TypeError, AttributeError):

@@ -159,8 +159,13 @@ def test_damage_is_named_and_the_checkpoint_before_is_used(run, capsys, part, da
 @pytest.mark.parametrize("item", ITEMS)
 def test_a_missing_item_is_named(run, item):
     shutil.rmtree(run / "epoch9" / item)
-    with pytest.raises(CheckpointError, match=f"epoch9 is not whole: .*No such file.*epoch9/{item}/"):
+    with pytest.raises(CheckpointError, match=f"epoch9 is not whole: missing: {item}.*{item}/"):
         read(run / "epoch9")
+    sums = json.loads((run / "epoch9" / "checksums.json").read_text())
+    unlisted = {name: digest for name, digest in sums.items() if not name.startswith(f"{item}/")}
+    (run / "epoch9" / "checksums.json").write_text(json.dumps(unlisted))
+    with pytest.raises(CheckpointError, match=f"epoch9 is not whole: missing: {item}; take another one"):
+        checkpoint._verify(run / "epoch9", ITEMS)
 
 
 def without(name):
@@ -174,9 +179,10 @@ def without(name):
         (lambda sums: [], "cannot be understood"),
         (lambda sums: list(sums), "cannot be understood"),
         (lambda sums: None, "cannot be understood"),
+        (lambda sums: {**sums, "/dev/zero": "0"}, "missing: /dev/zero"),
         (without("train/_METADATA"), "not as checksums.json says: train/_METADATA"),
         (without("_CHECKPOINT_METADATA"), "not as checksums.json says: _CHECKPOINT_METADATA"),
-        (lambda sums: {**sums, "train/more": "0"}, "No such file.*train/more"),
+        (lambda sums: {**sums, "train/more": "0"}, "missing: train/more"),
         (lambda sums: {**sums, "train/_METADATA": None}, "not as checksums.json says: train/_METADATA"),
     ],
 )
@@ -184,6 +190,14 @@ def test_checksums_that_do_not_list_exactly_the_files_are_a_fault(run, change, f
     file = run / "epoch10" / "checksums.json"
     file.write_text(json.dumps(change(json.loads(file.read_text()))))
     with pytest.raises(CheckpointError, match=f"{run}/epoch10 is not whole: .*{fault}.*; take another one"):
+        read(run / "epoch10")
+    assert checkpoint.newest(run) == run / "epoch9"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "9" * 5000, "\xff", '{"a": NaN}'])
+def test_checksums_that_are_no_json_are_a_fault(run, text):
+    (run / "epoch10" / "checksums.json").write_text(text, encoding="latin-1")
+    with pytest.raises(CheckpointError, match=f"{run}/epoch10 is not whole: .*; take another one"):
         read(run / "epoch10")
     assert checkpoint.newest(run) == run / "epoch9"
 
