@@ -25,6 +25,9 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import tyro
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # with PYTHONSAFEPATH=1 Python does not
+
+import files
 from params import Sampling
 
 if TYPE_CHECKING:  # what takes long is imported where it is used, so that --help is instant
@@ -139,7 +142,6 @@ def samples_of(subject: Subject, sets: dict[str, Captions]) -> dict[str, np.ndar
     import numpy as np
     from tqdm import tqdm
 
-    from files import cached
     from images import on_white
 
     def sample(texts: list[str], seeds: list[int]) -> dict[str, np.ndarray]:
@@ -154,7 +156,7 @@ def samples_of(subject: Subject, sets: dict[str, Captions]) -> dict[str, np.ndar
         seeds = list(range(seed, seed + len(texts)))
         seed += len(texts)
         key = json.dumps([*recipe, texts, seeds])
-        samples[on].append(cached("samples", key, partial(sample, texts, seeds))["images"])
+        samples[on].append(files.cached("samples", key, partial(sample, texts, seeds))["images"])
     return {on: np.concatenate(batches) for on, batches in samples.items()}
 
 
@@ -168,7 +170,6 @@ def losses(subject: Subject) -> tuple[list[Score], dict]:
     import dataset
     from evaluation.heldout import per_picture
     from evaluation.scores import mean, spread
-    from files import cached
     from pipeline import DiffusionPipeline
 
     unseen, trained = subject.real["held-out"], subject.real["training"]
@@ -180,7 +181,7 @@ def losses(subject: Subject) -> tuple[list[Score], dict]:
         pipeline = subject.pipeline if same else DiffusionPipeline(subject.path, subject.options.encoder, ema=ema)
         for on, pictures in sets.items():
             key = json.dumps([pipeline.hash, pictures.fingerprint, on, len(pictures.names)])
-            each = cached("losses", key, partial(loss_per_level, pipeline, pictures))["losses"]
+            each = files.cached("losses", key, partial(loss_per_level, pipeline, pictures))["losses"]
             found.append(mean("loss", on, f"{ema} average", per_picture(each, pipeline.config.T)))
             curve = {"mean": each.mean(axis=0), "error": each.std(axis=0, ddof=1) / np.sqrt(len(each))}
             curves[on] = {part: [None if np.isnan(x) else float(x) for x in line] for part, line in curve.items()}
@@ -317,6 +318,7 @@ def evaluate(options: Options) -> None:
 
 
 def main() -> None:
+    files.secure_streams()
     try:
         options = tyro.cli(Options, description=__doc__, use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,))
         import parallel

@@ -1,18 +1,54 @@
-"""Files that are whole or not there, written beside their place and then renamed; and a cache of arrays."""
+"""Files that are whole or not there, written beside their place and then renamed; streams on which printing never
+fails; and a cache of arrays.
+"""
 
 import errno
 import hashlib
 import json
 import os
 import stat
+import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 CACHE = Path(__file__).resolve().parent / ".cache"  # everything that can be made again; safe to delete
+
+
+class _Stream:
+    """A standard stream on which printing never fails: what nobody reads any more, or the disk cannot hold, is lost."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self.stream.flush()
+
+
+def secure_streams() -> None:
+    """Let no printing end this program: its reader may go away, a service may give it no stdout or stderr at all, and
+    its encoding may lack a letter, which becomes "?". Call it first in a script.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # or the next file that is opened takes what is printed
+        pass
+    os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115  (open to the end of the process)
+        if name == "stdout" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+        setattr(sys, name, _Stream(stream))
 
 
 @contextmanager

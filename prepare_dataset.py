@@ -15,6 +15,9 @@ from typing import Literal
 
 import tyro
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # with PYTHONSAFEPATH=1 Python does not
+
+import files
 from params import PRESETS
 
 
@@ -80,4 +83,5 @@ def main(options: Options) -> int:
 
 
 if __name__ == "__main__":
+    files.secure_streams()
     sys.exit(main(tyro.cli(Options, description=__doc__)))

@@ -22,6 +22,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # with PYTHONSAFEPATH=1 Python does not
+
+import files
 from params import Sampling
 
 if TYPE_CHECKING:
@@ -50,6 +53,7 @@ class Options:
 
 
 def main() -> None:
+    files.secure_streams()
     settings = {"description": __doc__, "use_underscores": True, "config": (tyro.conf.FlagCreatePairsOff,)}
     try:
         options = tyro.cli(Options, **settings)
@@ -58,6 +62,8 @@ def main() -> None:
         print(run(options))
     except (ValueError, OSError) as error:
         sys.exit(f"test.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted: nothing but whole pictures was written")
 
 
 def text_of(path: Path) -> dict[str, str]:
@@ -111,10 +117,9 @@ def refuse(options: Options) -> None:
 def run(options: Options) -> str:
     """Do what the options ask for; returns what was written where."""
     refuse(options)
-    from files import writable
     from pipeline import DiffusionPipeline, Edit
 
-    writable(options.output)
+    files.writable(options.output)
     pipeline = DiffusionPipeline(options.checkpoint, options.encoder, ema=options.ema, guide=options.guide)
     if options.like and text_of(options.like).get("checkpoint") != pipeline.hash:
         print(f"note: {options.like} was sampled with other weights: see --checkpoint, --ema, --guide", file=sys.stderr)

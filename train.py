@@ -19,6 +19,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # with PYTHONSAFEPATH=1 Python does not
+
+import files
 import tracking
 from params import PRESETS, Params
 
@@ -178,7 +181,6 @@ def train(options: Options) -> str | None:
 def configure(options: Options) -> tuple[Params, Path | None]:
     """The configuration of the run, and the checkpoint that it goes on from, if there is one."""
     import checkpoint
-    import files
     import parallel
     from run import grid_folder
 
@@ -269,6 +271,7 @@ def command_to_resume() -> str:
 
 
 def main() -> None:
+    files.secure_streams()
     options = parse(sys.argv[1:])
     import checkpoint
     import dataset
