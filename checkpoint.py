@@ -10,10 +10,12 @@ gets its checksums and moves to its name. One that had this name moves to `.repl
 there, so a kill at any time leaves the old or the new one whole. Of several processes only process 0 writes.
 """
 
+import functools
 import json
 import logging
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
@@ -57,6 +59,7 @@ class Saver(AbstractContextManager):
         self.wait()
         if jax.process_index() != 0:
             return
+        _quieten()
         path, orbax, fault = path.resolve(), _orbax(), None
         trees = {name: ocp.args.StandardSave(tree) for name, tree in jax.device_get(items).items()}
         try:
@@ -96,6 +99,18 @@ class Saver(AbstractContextManager):
             ) from error
         if self.keep:
             _delete_before(path, self.keep)
+
+
+@functools.cache
+def _quieten() -> None:
+    """Print no traceback for each array whose writing ends after another one's error has ended the save."""
+    show = sys.unraisablehook
+
+    def hook(raised) -> None:
+        if str(raised.exc_value) != "Event loop is closed":
+            show(raised)
+
+    sys.unraisablehook = hook
 
 
 class _Unfinished(ocp.path.atomicity.AtomicRenameTemporaryPath):
@@ -262,4 +277,4 @@ def _orbax() -> ocp.AsyncCheckpointer:
 def _reason(error: Exception) -> str:
     """The innermost cause, which TensorStore puts last in a long line."""
     line = str(error).partition("\n")[0] or type(error).__name__
-    return line if isinstance(error, OSError) else line.rpartition(": ")[2]
+    return line if isinstance(error, OSError) else re.sub(r" \[\w+='.*", "", line).rpartition(": ")[2]

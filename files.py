@@ -3,6 +3,7 @@ fails; and a cache of arrays.
 """
 
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -51,14 +52,36 @@ def secure_streams() -> None:
         setattr(sys, name, _Stream(stream))
 
 
+@functools.cache
+def say_once(message: str) -> None:
+    """Print a message on stderr, the first time that it comes up."""
+    print(f"\n{message}", file=sys.stderr)
+
+
+@contextmanager
+def dispensable(path: Path) -> Iterator[None]:
+    """For what can be done without, a cache or a record: where `path` cannot be written, say so once and go on."""
+    try:
+        yield
+    except Exception as error:
+        why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        say_once(f"{path} cannot be written ({why}); going on without it")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a name beside `path`, in a folder made if need be; it becomes `path` only if nothing is raised."""
+    """Yields a name beside `path`, in a folder made if need be; it becomes `path` only if nothing is raised.
+
+    An OSError that does not name its file, as that of a full disk, gets the name of `path`.
+    """
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield beside
         beside.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
     finally:
         with suppress(OSError):
             beside.unlink()
@@ -123,6 +146,6 @@ def cached(kind: str, recipe: str, make: Callable[[], dict]) -> dict:
     with suppress(Exception), file.open("rb") as stream, np.load(stream) as saved:
         return {name: saved[name] for name in saved.files}
     arrays = make()
-    with suppress(OSError), replacing(file) as beside, beside.open("wb") as stream:  # a full disk costs only time
+    with dispensable(file.parent), replacing(file) as beside, beside.open("wb") as stream:
         np.savez(stream, **arrays)
     return arrays

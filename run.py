@@ -1,5 +1,6 @@
 """A run: how it starts or goes on, what is due after a step, and the metrics, checkpoints and grids that it writes."""
 
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 import checkpoint
 import dataset
+import files
 import parallel
 import schedule
 import tracking
@@ -86,17 +88,28 @@ class Run:
                 self.saver.save(self.output / name, training.to_checkpoint(state), about, now=now)
         return self.output / name
 
-    def sample(self, state: TrainState, name: str) -> Path:
-        """A grid of the same prompts from the same seeds every time, from the averaged weights."""
+    def rescue(self, state: TrainState, update_averages: Callable) -> None:
+        """Save before an error ends the run, if that is still possible: what broke a step took its arrays with it."""
+        try:
+            averages = update_averages(state.ema, state.weights, state.step)
+            path = self.save(state._replace(ema=averages), "stopped", now=True)
+        except Exception as error:
+            print(f"\nthe state of step {self.step} could not be saved: {error}", file=sys.stderr)
+        else:
+            print(f"\nan error ends the run; {path} was written before, and --resume goes on from it", flush=True)
+
+    def sample(self, state: TrainState, name: str) -> Path | None:
+        """A grid of the same prompts from the same seeds every time, from the averaged weights; None without one."""
         path, prompts = self.grids / f"{name}.png", self.about["prompts"]
         if self.log:
-            with self.log.paused():
+            with files.dispensable(self.grids), self.log.paused():
                 weights = parallel.unreplicate(state.ema.short)
                 pipeline = DiffusionPipeline.from_weights(self.config, self.encoder, weights)
                 images = pipeline.generate_arrays(prompts, seeds=range(len(prompts)))
                 save_png(captioned_grid(images, prompts, columns=6, cell=96), path)
                 self.log.picture(self.step, "samples", path)
-        return path
+                return path
+        return None
 
     def report(self, state: TrainState, loss: Any, bar: tqdm, *, heldout: bool) -> tuple[TrainState, str]:
         """Write a line of metrics; gives the state with empty metrics, and a fault if no step succeeds any more.

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
-from files import replacing
+from files import dispensable, replacing
 
 Name = Literal["tensorboard", "wandb"]
 Curves, Levels = dict[str, float], dict[str, list[float]]  # of a line; the noise level next to the image comes first
@@ -168,13 +168,23 @@ class MetricsLog:
             "skipped": skipped,
             **{name: _plain(value) for name, value in (more or {}).items()},
         }
-        with self.path.open("a") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
+        with dispensable(self.path):
+            self._append(json.dumps(line, allow_nan=False) + "\n")
         self.step, self.reported = step, seconds
         levels = {name: [each or 0.0 for each in value] for name, value in line.items() if isinstance(value, list)}
         curves = {name: value for name, value in line.items() if value is not None and name not in {"step", *levels}}
         self._tell(lambda tracker: tracker.write(step, curves, levels))
         return line
+
+    def _append(self, line: str) -> None:
+        """Add a line, all of it or, where the disk is full, nothing."""
+        whole = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("a") as file:
+                file.write(line)
+        except OSError:
+            os.truncate(self.path, whole)
+            raise
 
     def picture(self, step: int, name: str, path: Path) -> None:
         """Show the trackers a PNG."""
@@ -187,8 +197,10 @@ class MetricsLog:
     def paused(self) -> Iterator[None]:
         """Time that does not count as training."""
         start = time.perf_counter()
-        yield
-        self.began += time.perf_counter() - start
+        try:
+            yield
+        finally:
+            self.began += time.perf_counter() - start
 
     def _tell(self, tell: Callable[[Tracker], None]) -> None:
         with self.paused():

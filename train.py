@@ -175,7 +175,8 @@ def train(options: Options) -> str | None:
         run.log.close()
     if stopped_by:
         return f"{stopped_by}; {path} written. Go on: {command_to_resume()}"
-    print(f"{path} and {grid} written. Next: python test.py --checkpoint {path}")
+    written = f"{path} and {grid}" if grid else path
+    print(f"{written} written. Next: python test.py --checkpoint {path}")
 
 
 def configure(options: Options) -> tuple[Params, Path | None]:
@@ -198,16 +199,20 @@ def configure(options: Options) -> tuple[Params, Path | None]:
 
 
 def catch_signals() -> list[int]:
-    """A list that fills on the first Ctrl-C or SIGTERM; a second one stops at once, without saving."""
+    """A list that fills on the first Ctrl-C, SIGTERM or SIGHUP; a second one stops at once, without saving.
+
+    SIGHUP, for a terminal that is closed, may come twice, so a second one says nothing; nohup has it ignored.
+    """
     received = []
 
     def handle(number: int, _frame) -> None:
         received.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else signal.SIG_DFL)
         print("\nstopping soon; once more to stop without saving", file=sys.stderr)
 
-    signal.signal(signal.SIGINT, handle)
-    signal.signal(signal.SIGTERM, handle)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handle)
     return received
 
 
@@ -219,9 +224,8 @@ def loop(run: "Run", state: "TrainState", source: "Memory | Stream") -> tuple["T
     import ema
     import parallel
     import training
-    from dataset import DatasetError
 
-    config, log, steps = run.config, run.log, run.last_step
+    config, log, first, steps = run.config, run.log, run.step, run.last_step
     train_step, programs = training.build_train_step(config, steps), {}
     update_averages = ema.build_update(config)
     steps_per_call = ema.EVERY if parallel.on_accelerator() and not config.stream else 1
@@ -229,39 +233,39 @@ def loop(run: "Run", state: "TrainState", source: "Memory | Stream") -> tuple["T
     signals, in_flight, stopped_by, fault = catch_signals(), deque(), "", ""
 
     with checkpoint.Saver(config.keep, tqdm.write) as run.saver, tqdm(**seen, disable=None if log else True) as bar:
-        while run.step < steps and not stopped_by:
-            n = run.steps_in_call(steps_per_call)
-            try:
+        try:
+            while run.step < steps and not stopped_by:
+                n = run.steps_in_call(steps_per_call)
                 data, rows = source.at(run.step, n)
-            except DatasetError:
-                state = state._replace(ema=update_averages(state.ema, state.weights, state.step))
-                run.save(state, "stopped", now=True)
-                raise
-            if n not in programs:  # each is compiled when it is first needed
-                programs[n] = run.compile(train_step, state, data, rows, run.key)
-            state, loss = programs[n](state, data, rows, run.key)
-            run.step += n
-            in_flight.append(loss)  # so few programs wait on the device that the clock is right and Ctrl-C quick
-            if len(in_flight) > 2:
-                in_flight.popleft().block_until_ready()
-            bar.update(n * config.B)
+                if n not in programs:  # each is compiled when it is first needed
+                    programs[n] = run.compile(train_step, state, data, rows, run.key)
+                state, loss = programs[n](state, data, rows, run.key)
+                run.step += n
+                in_flight.append(loss)  # so few programs wait on the device that the clock is right and Ctrl-C quick
+                if len(in_flight) > 2:
+                    in_flight.popleft().block_until_ready()
+                bar.update(n * config.B)
 
-            due = run.due(run.step)
-            if run.step % ema.EVERY and not due.logging:
-                continue
-            state = state._replace(ema=update_averages(state.ema, state.weights, state.step))
-            late = bool(log) and 0 < config.minutes * 60 <= log.seconds
-            stop, out_of_time = parallel.any_process(bool(signals), late, meet=due.logging)
-            if due.logging or stop or out_of_time:
-                state, fault = run.report(state, loss, bar, heldout=due.sampling)
-            if due.saving and run.step < steps and not fault:
-                run.save(state, f"epoch{due.epoch}")
-            if due.sampling and run.step < steps and not fault:
-                bar.write(f"epoch {due.epoch}: {run.sample(state, f'epoch{due.epoch}')}")
-            stopped_by = fault or (f"stopped at step {run.step} of {steps}" if stop and run.step < steps else "")
-            if out_of_time:
-                bar.write(f"{config.minutes:g} minutes of training are over (--minutes)")
-                break
+                due = run.due(run.step)
+                if run.step % ema.EVERY and not due.logging:
+                    continue
+                state = state._replace(ema=update_averages(state.ema, state.weights, state.step))
+                late = bool(log) and 0 < config.minutes * 60 <= log.seconds
+                stop, out_of_time = parallel.any_process(bool(signals), late, meet=due.logging)
+                if due.logging or stop or out_of_time:
+                    state, fault = run.report(state, loss, bar, heldout=due.sampling)
+                if due.saving and run.step < steps and not fault:
+                    run.save(state, f"epoch{due.epoch}")
+                if due.sampling and run.step < steps and not fault and (grid := run.sample(state, f"epoch{due.epoch}")):
+                    bar.write(f"epoch {due.epoch}: {grid}")
+                stopped_by = fault or (f"stopped at step {run.step} of {steps}" if stop and run.step < steps else "")
+                if out_of_time:
+                    bar.write(f"{config.minutes:g} minutes of training are over (--minutes)")
+                    break
+        except BaseException:  # whatever it is, what was learned is saved first
+            if run.step > first:
+                run.rescue(state, update_averages)
+            raise
     return state, stopped_by
 
 

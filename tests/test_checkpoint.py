@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -406,6 +407,27 @@ def test_a_full_disk_is_said_and_the_checkpoint_before_stays(tmp_path, full_disk
         assert (read(tmp_path / "epoch1"), read(tmp_path / "final")) == (1, 3)
         saver.save(tmp_path / "epoch4", items(4), {"step": 4})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch4", "final"]
+
+
+MANY = """
+import resource, sys
+from pathlib import Path
+sys.path[:0] = sys.argv[2:]
+import numpy as np
+from checkpoint import Saver
+from test_checkpoint import items
+noise = {str(i): np.random.default_rng(i).normal(size=20_000) for i in range(100)}
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, -1))
+with Saver() as saver:
+    saver.save(Path(sys.argv[1]) / "epoch1", {**items(1), "train": noise}, {"step": 1})
+"""
+
+
+def test_a_full_disk_under_many_arrays_is_one_sentence(tmp_path):
+    command = [sys.executable, "-c", MANY, str(tmp_path), str(ROOT), str(ROOT / "tests")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    assert re.fullmatch(r".*epoch1 cannot be written: File too large; see .*none\. Training goes on\n", done.stdout)
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import struct
 import subprocess
 import sys
@@ -90,12 +91,21 @@ def test_a_tracker_that_fails_is_dropped_with_a_word_and_the_others_go_on(tmp_pa
     assert len(lines(log.path)) == 2
 
 
-def test_a_line_that_cannot_be_written_is_an_error(tmp_path):
-    log = MetricsLog(tmp_path / "run" / "metrics.jsonl", 0, 0.0, pictures=10, B=3)
-    log.path.unlink()
-    log.path.mkdir()
-    with pytest.raises(OSError, match=r"metrics\.jsonl"):
-        log.write(2, metrics())
+def test_lines_that_cannot_be_written_are_said_once_and_leave_nothing_torn(tmp_path, capsys):
+    log = MetricsLog(tmp_path / "run" / "metrics.jsonl", 0, 0.0, pictures=10, B=3, trackers=[listener := Listener()])
+    log.write(2, metrics())
+    before, limits = log.path.read_text(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 9, limits[1]))
+        for step in 4, 6:
+            log.write(step, metrics())
+            assert log.path.read_text() == before
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    log.write(8, metrics())
+    assert [line["step"] for line in lines(log.path)] == [2, 8]
+    assert [told[1] for told in listener.heard] == [2, 4, 6, 8]
+    assert capsys.readouterr().err == f"\n{log.path} cannot be written (File too large); going on without it\n"
 
 
 def test_what_trackers_take_is_no_training_time(tmp_path, monkeypatch):

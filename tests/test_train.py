@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -25,11 +26,12 @@ import ema
 import evaluate
 import parallel
 import params
+import run
 import test as sampling_script
 import train
 import training
 from params import PRESETS, Params
-from run import Run
+from run import Due, Run
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,7 +43,7 @@ flags = partial(flags_of, preset="quick")
 def call(tmp_path, monkeypatch, capsys):
     """Run a script's main() in a folder of its own; gives what it printed, and its message if it exits with one."""
     monkeypatch.chdir(tmp_path)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
     def run(script, *words):
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, words)])
@@ -140,6 +142,60 @@ def test_from_nothing_to_pictures_and_on(call, tiny):
     said = call(evaluate, "--steps", "2")
     assert "8 captions of 8 training pictures, guidance 7" in said
     assert "chance                    12.5%    62.5%            4" in said
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("text of a million letters")])
+def test_a_grid_that_cannot_be_drawn_is_said_once_and_the_run_goes_on(call, tiny, linear, monkeypatch, error):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(run, "save_png", fails)
+    said = call(train, *flags(dataclasses.replace(tiny, epochs=3)))
+    assert said.count("validation_images/models_vA0 cannot be written (") == 1
+    assert str(error.args[-1]) in said
+    assert "models_vA0/final written. Next: python test.py" in said
+    assert checkpoint.about(Path("models_vA0/final"))["step"] == 8
+
+
+@pytest.mark.parametrize("error", [RuntimeError("of any kind"), MemoryError(), OSError(5, "Input/output error")])
+def test_whatever_ends_a_run_it_is_saved_first_and_goes_on_to_the_same_end(call, tiny, linear, monkeypatch, error):
+    config = dataclasses.replace(tiny, epochs=4, save_every=9, sample_every=9)
+    call(train, *flags(config), "--output", "undisturbed")
+
+    def fails(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "due", lambda self, step: fails() if step == 7 else Due(0, False, False, step % 2 == 0))
+        with pytest.raises(type(error)) if not isinstance(error, OSError) else nullcontext():
+            assert "Input/output error" in call(train, *flags(config))
+    assert checkpoint.about(Path("models_vA0/stopped"))["step"] == 7
+    assert "resumed from models_vA0/stopped, step 7" in call(train, *flags(config), "--resume")
+    resumed, undisturbed = (
+        weights(f"{name}/final", tiny)["train"]["weights"] for name in ("models_vA0", "undisturbed")
+    )
+    jax.tree.map(np.testing.assert_array_equal, resumed, undisturbed)
+
+
+def test_an_error_before_the_first_step_leaves_no_checkpoint(call, tiny, linear, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("does not compile")
+
+    monkeypatch.setattr(Run, "compile", fails)
+    with pytest.raises(RuntimeError, match="does not compile"):
+        call(train, *flags(tiny))
+    assert checkpoint.newest(Path("models_vA0")) is None
+
+
+def test_a_terminal_that_is_closed_stops_a_run_as_ctrl_c_does(call):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        received = train.catch_signals()
+        os.kill(os.getpid(), number)
+        assert received == [number]
+    os.kill(os.getpid(), signal.SIGHUP)  # the shell's and the system's
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    train.catch_signals()
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 @pytest.mark.slow
