@@ -132,6 +132,25 @@ class _Unfinished(ocp.path.atomicity.AtomicRenameTemporaryPath):
         _tidy(path.parent)
 
 
+def rehearse(folder: Path) -> None:
+    """Write a small checkpoint into a run's folder, another one over it, read that and delete it.
+
+    CheckpointError where a disk cannot do this, at the start of a run and not at its end.
+    """
+    place = folder / ".rehearsal"
+    try:
+        str(place).encode()  # a name that is not UTF-8 fails here in plain words
+        shutil.rmtree(place, ignore_errors=True)
+        for step in (1, 2):
+            items = {item: {"step": np.full(3, step)} for item in ITEMS[:3]}
+            Saver().save(place / "final", items, {"step": step}, now=True)
+            restore(place / "final", items)
+    except (CheckpointError, UnicodeEncodeError) as error:
+        raise CheckpointError(f"{folder} cannot hold checkpoints, choose another folder: {error}") from error
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
 def _tidy(folder: Path) -> None:
     """Delete what saves left in a run's folder; a replaced checkpoint that got no successor takes its name back."""
     for replaced in (folder / REPLACED).glob("*"):

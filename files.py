@@ -3,10 +3,12 @@ fails; and a cache of arrays.
 """
 
 import errno
+import fcntl
 import functools
 import hashlib
 import json
 import os
+import socket
 import stat
 import sys
 import tempfile
@@ -132,6 +134,41 @@ def writable(folder: Path) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise OSError(f"{folder} cannot be written ({error.strerror}); choose another folder") from error
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder, made if need be, for this process alone; OSError says which one holds it already.
+
+    The system gives a lock back when its process ends, so one that was killed is in nobody's way. Only this host's
+    processes are sure to see its locks, so what another host left stays locked until the file is deleted.
+    """
+    writable(folder)
+    path, host = folder / ".lock", socket.gethostname()
+    with path.open("a+") as file:
+        file.seek(0)
+        before = file.read().split()  # host and process
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = not before or before[0] == host
+        except BlockingIOError:
+            free = False
+        except OSError:  # a disk that knows no locks
+            free = not before
+        if not free:
+            who = f"process {before[1]} of {before[0]}" if len(before) == 2 else "another process"
+            hint = f"choose another folder, or, if that process has ended, delete {path}"
+            raise OSError(f"{folder} is in use by {who}, and two runs in one folder would destroy each other: {hint}")
+        if before:
+            print(f"{path}: process {before[-1]} has ended without removing it; taken over")
+        with suppress(OSError):
+            os.truncate(path, 0)
+            os.write(file.fileno(), f"{host} {os.getpid()}\n".encode())
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                path.unlink()
 
 
 def cached(kind: str, recipe: str, make: Callable[[], dict]) -> dict:

@@ -13,6 +13,7 @@ import shlex
 import signal
 import sys
 from collections import deque
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -189,7 +190,8 @@ def configure(options: Options) -> tuple[Params, Path | None]:
     output, newest = options.output, checkpoint.newest(options.output)
     if newest is not None and not options.resume:
         sys.exit(f"{output} already holds {newest.name}: go on with --resume, or train elsewhere with --output FOLDER")
-    files.writable(output)
+    if parallel.is_main():
+        checkpoint.rehearse(output)
     files.writable(grid_folder(output))
     config = options.config if newest is None else resumed_config(newest)
     parallel.check_batch_size(config)
@@ -296,7 +298,8 @@ def main() -> None:
 
             ended = forecast(options.config)
         else:
-            ended = train(options)
+            with files.locked(options.output) if parallel.is_main() else nullcontext():
+                ended = train(options)
         parallel.leave()
     except refused as error:
         sys.exit(f"train.py: {error}")

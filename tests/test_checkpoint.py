@@ -440,6 +440,47 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
         assert not thread.is_alive(), "the program would wait for it before it ends"
 
 
+def test_a_folder_that_can_hold_checkpoints_is_left_as_it_was(run):
+    (run / ".rehearsal" / "left by a kill").mkdir(parents=True)
+    before = {path: time for path, time in contents(run).items() if path.parts[0] != ".rehearsal"}
+    checkpoint.rehearse(run)
+    assert contents(run) == before
+
+
+def no_flush(path):
+    if path.is_dir():
+        raise OSError(22, "Invalid argument")
+
+
+def no_rename(path, target):
+    if path.name == "final" or Path(target).exists():
+        raise OSError(95, "Operation not supported")
+    os.rename(path, target)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "lacking", "reason"),
+    [
+        (checkpoint, "flush", no_flush, "Invalid argument"),
+        (Path, "rename", no_rename, "Operation not supported"),
+        (checkpoint, "sha256", lambda file: str(time.perf_counter()), "not as checksums.json says"),
+    ],
+)
+def test_a_disk_that_cannot_do_what_a_save_needs_is_refused_at_the_start(
+    run, monkeypatch, owner, name, lacking, reason
+):
+    monkeypatch.setattr(owner, name, lacking)
+    with pytest.raises(CheckpointError, match=f"{run} cannot hold checkpoints, choose another folder: .*{reason}"):
+        checkpoint.rehearse(run)
+    monkeypatch.undo()
+    assert sorted(path.name for path in run.iterdir()) == ["epoch10", "epoch9"]
+
+
+def test_a_name_that_is_not_utf_8_is_refused_at_the_start(tmp_path):
+    with pytest.raises(CheckpointError, match=r"cannot hold checkpoints.*'utf-8' codec"):
+        checkpoint.rehearse(tmp_path / "\udcff")
+
+
 @pytest.fixture
 def gate(monkeypatch):
     """No array is written until it is set."""

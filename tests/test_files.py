@@ -1,6 +1,7 @@
 """Streams, locks and files: what goes wrong around a run is said, and does not end it."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -70,3 +71,104 @@ def test_help_can_be_read_in_any_encoding_and_from_anywhere(tmp_path, script):
     said = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert said.stdout.startswith("usage: ")
     assert said.stderr == ""
+
+
+# Locks.
+
+HOLDING = """
+import sys, time
+from pathlib import Path
+import files
+with files.locked(Path("run")):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def hold(folder):
+    with files.locked(folder):
+        pass
+
+
+@pytest.fixture
+def holder(tmp_path, monkeypatch):
+    """Another process that holds the folder "run" until its stdin is closed."""
+    monkeypatch.chdir(tmp_path)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", HOLDING], env=environment, text=True, **pipes) as process:
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_a_folder_is_held_by_one_process_until_that_ends(holder, capsys):
+    message = f"run is in use by process {holder.pid} of {socket.gethostname()}.*choose another folder.*run/.lock"
+    for _ in range(2):
+        with pytest.raises(OSError, match=message):
+            hold(Path("run"))
+    holder.stdin.close()
+    holder.wait()
+    assert os.listdir("run") == []
+    with files.locked(Path("run")):
+        assert Path("run/.lock").read_text() == f"{socket.gethostname()} {os.getpid()}\n"
+    assert os.listdir("run") == []
+    assert capsys.readouterr().out == ""
+
+
+def test_what_a_killed_process_held_is_taken_over_and_said(holder, capsys):
+    holder.kill()
+    holder.wait()
+    with files.locked(Path("run")):
+        assert Path("run/.lock").read_text() == f"{socket.gethostname()} {os.getpid()}\n"
+    assert capsys.readouterr().out == f"run/.lock: process {holder.pid} has ended without removing it; taken over\n"
+    assert os.listdir("run") == []
+
+
+def test_the_lock_of_another_host_stays_until_its_file_is_deleted(tmp_path):
+    (tmp_path / ".lock").write_text("elsewhere 7\n")
+    with pytest.raises(OSError, match=r"in use by process 7 of elsewhere.*if that process has ended, delete .*/\.lock"):
+        hold(tmp_path)
+    assert (tmp_path / ".lock").read_text() == "elsewhere 7\n"
+
+
+def test_on_a_disk_without_locks_the_file_alone_counts(tmp_path, monkeypatch):
+    def unknown(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(files.fcntl, "flock", unknown)
+    with files.locked(tmp_path), pytest.raises(OSError, match=f"in use by process {os.getpid()}"):
+        hold(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_error_while_a_folder_is_held_lets_go_of_it(tmp_path):
+    with pytest.raises(KeyError), files.locked(tmp_path):
+        raise KeyError
+    assert os.listdir(tmp_path) == []
+
+
+# Writing.
+
+
+def test_an_error_names_the_file_and_what_can_be_done_without_is_said_once(tmp_path, capsys):
+    def fails():
+        with files.replacing(tmp_path / "kept") as beside:
+            beside.write_text("half")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match=r"No space left on device: '.*/kept'"):
+        fails()
+    for _ in range(2):
+        with files.dispensable(tmp_path):
+            fails()
+    assert capsys.readouterr().err == f"\n{tmp_path} cannot be written (No space left on device); going on without it\n"
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(files, "CACHE", tmp_path / "file")
+    for _ in range(2):
+        assert files.cached("kind", "recipe", lambda: {"a": [7]}) == {"a": [7]}
+    assert capsys.readouterr().err.count(f"{tmp_path}/file/kind cannot be written (") == 1

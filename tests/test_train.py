@@ -24,6 +24,7 @@ import dataloader
 import dataset
 import ema
 import evaluate
+import files
 import parallel
 import params
 import run
@@ -175,6 +176,16 @@ def test_whatever_ends_a_run_it_is_saved_first_and_goes_on_to_the_same_end(call,
         weights(f"{name}/final", tiny)["train"]["weights"] for name in ("models_vA0", "undisturbed")
     )
     jax.tree.map(np.testing.assert_array_equal, resumed, undisturbed)
+
+
+def test_a_second_trainer_in_the_folder_of_another_is_refused_and_changes_nothing(call, tiny, linear):
+    Path("models_vA0/.unfinished/epoch1").mkdir(parents=True)
+    with files.locked(Path("models_vA0")):
+        for more in (), ("--resume",):
+            assert "models_vA0 is in use by process" in call(train, *flags(tiny), *more)
+        assert sorted(os.listdir("models_vA0")) == [".lock", ".unfinished"]
+    assert "models_vA0/final and" in call(train, *flags(tiny))
+    assert ".lock" not in os.listdir("models_vA0")
 
 
 def test_an_error_before_the_first_step_leaves_no_checkpoint(call, tiny, linear, monkeypatch):
