@@ -27,6 +27,15 @@ import orbax.checkpoint as ocp
 from files import flush, parsed, sha256
 
 ITEMS = ("ema_short", "ema_long", "train", "about")
+ABOUT = {  # what about must say, and when that is right
+    "config": lambda it: isinstance(it, dict),
+    "encoder": lambda it: isinstance(it["sha256"], str),
+    "schedule": lambda it: isinstance(it, dict),
+    "dataset": lambda it: isinstance(it["fingerprint"], str),
+    "prompts": lambda it: isinstance(it, list) and it and all(isinstance(prompt, str) for prompt in it),
+    "step": lambda it: isinstance(it, int) and 0 <= it < 2**31,
+    "seconds": lambda it: 0 <= it < 1e12,
+}
 NAMES = r"epoch\d+|final|stopped"  # of the checkpoints of a run
 UNFINISHED, REPLACED = ".unfinished", ".replaced"
 
@@ -104,6 +113,7 @@ class Saver(AbstractContextManager):
 @functools.cache
 def _quieten() -> None:
     """Print no traceback for each array whose writing ends after another one's error has ended the save."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     show = sys.unraisablehook
 
     def hook(raised) -> None:
@@ -173,8 +183,16 @@ def _delete_before(path: Path, keep: int) -> None:
 
 
 def about(path: Path) -> dict:
-    """The JSON part of a checkpoint."""
-    return _read(path, {"about": ocp.args.JsonRestore()})["about"]
+    """The JSON part of a checkpoint; CheckpointError names a field of it that is missing or wrong."""
+    found = _read(path, {"about": ocp.args.JsonRestore()})["about"]
+    for field, right in ABOUT.items():
+        try:
+            whole = right(found[field])
+        except (KeyError, TypeError):
+            whole = False
+        if not whole:
+            raise CheckpointError(f"{path}: about does not say {field} as it should; take another one")
+    return found
 
 
 def restore(path: Path, like: dict[str, dict]) -> dict[str, dict]:

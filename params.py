@@ -21,27 +21,34 @@ class Fields:
     FORMER = frozenset[str]()  # fields that older versions saved; not read any more
 
     def __post_init__(self):
-        """Raise ValueError, naming the field, for a value outside its range or that is none of its choices.
+        """Raise ValueError, naming the field, for a value of another kind, out of its range or none of its choices.
 
         A number of another kind, such as NumPy's, becomes a plain one.
         """
         hints = get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            value, hint = getattr(self, field.name), hints[field.name]
-            if get_origin(hint) is Literal and value not in get_args(hint):
-                raise ValueError(f"{field.name} = {value!r}: allowed are {', '.join(map(str, get_args(hint)))}")
-            if "range" not in field.metadata or (value is None and field.default is None):
-                continue
-            (low, high), kind = field.metadata["range"], int if int in (hint, *get_args(hint)) else float
-            try:
-                number = kind(value)
-                valid = number == value and low <= number <= high
-            except (TypeError, ValueError, OverflowError):
-                valid = False
+            value, hint, options = getattr(self, field.name), hints[field.name], get_args(hints[field.name])
+            allowed, valid = "", True
+            if get_origin(hint) is Literal:
+                allowed, valid = ", ".join(map(str, options)), value in options
+                value = options[options.index(value)] if valid else value
+            elif hint in (str, bool):
+                allowed, valid = "texts" if hint is str else "True, False", isinstance(value, hint)
+            elif hint == tuple[int, ...]:
+                allowed = "whole numbers up to 1024"
+                valid = isinstance(value, tuple) and all(isinstance(each, int) and each <= 1024 for each in value)
+            elif "range" in field.metadata and not (value is None and field.default is None):
+                (low, high), kind = field.metadata["range"], int if int in (hint, *options) else float
+                allowed = f"{'whole numbers' if kind is int else 'numbers'} from {low} to {high}"
+                try:
+                    number = kind(value)
+                    valid = number == value and low <= number <= high
+                    value = number if valid else value
+                except (TypeError, ValueError, OverflowError):
+                    valid = False
             if not valid:
-                what = "whole numbers" if kind is int else "numbers"
-                raise ValueError(f"{field.name} = {value!r}: allowed are {what} from {low} to {high}")
-            object.__setattr__(self, field.name, number)
+                raise ValueError(f"{field.name} = {value!r}: allowed are {allowed}")
+            object.__setattr__(self, field.name, value)
 
     def to_json(self) -> dict:
         return dataclasses.asdict(self)
@@ -49,6 +56,8 @@ class Fields:
     @classmethod
     def from_json(cls, saved: dict) -> Self:
         """What to_json gave; ValueError names the fields that this version does not know."""
+        if not isinstance(saved, dict):
+            raise ValueError(f"{saved!r:.80} are no fields")
         known = {name: value for name, value in saved.items() if name not in cls.FORMER}
         if unknown := known.keys() - {field.name for field in dataclasses.fields(cls)}:
             raise ValueError(f"unknown fields {sorted(unknown)}: saved by another version of this program")
@@ -181,7 +190,10 @@ class Sampling(Fields):
 
     def __post_init__(self):
         super().__post_init__()
-        ends = tuple(map(float, self.interval))
+        try:
+            ends = tuple(map(float, self.interval))
+        except (TypeError, ValueError, OverflowError):
+            ends = ()
         if len(ends) != 2 or not 0 <= ends[0] <= ends[1] <= 1:
             raise ValueError(f"interval = {self.interval}: allowed are two numbers with 0 <= low <= high <= 1")
         object.__setattr__(self, "interval", ends)

@@ -11,7 +11,6 @@ never seen. Writes a captioned grid and each picture into one folder; a picture'
                                                                   folder beside it
 """
 
-import json
 import re
 import sys
 import time
@@ -80,7 +79,7 @@ def remembered(path: Path) -> Options:
 
     text = text_of(path)
     try:
-        saved = json.loads(text["sampling"])
+        saved = files.parsed(text["sampling"])
         if saved.get("spacing", "trailing") != "trailing":
             raise ValueError(f"it knew steps with spacing {saved['spacing']!r}")
         sampling = Sampling.from_json(saved)

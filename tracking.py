@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
-from files import dispensable, replacing
+from files import dispensable, parsed, replacing
 
 Name = Literal["tensorboard", "wandb"]
 Curves, Levels = dict[str, float], dict[str, list[float]]  # of a line; the noise level next to the image comes first
@@ -136,9 +136,9 @@ class MetricsLog:
 
     def __init__(self, path: Path, step: int, seconds: float, *, pictures: int, B: int, trackers: Sequence = ()):
         kept = ""
-        for line in path.read_text().splitlines() if step and path.exists() else ():
-            with suppress(json.JSONDecodeError):  # a line that was cut off
-                kept += f"{line}\n" if json.loads(line)["step"] <= step else ""
+        for line in path.read_text(errors="replace").split("\n") if step and path.exists() else ():
+            with suppress(ValueError, TypeError, KeyError):  # a line that was cut off, or is not ours
+                kept += f"{line}\n" if parsed(line)["step"] <= step else ""
         with replacing(path) as beside:
             beside.write_text(kept)
         self.path, self.pictures, self.B, self.trackers = path, pictures, B, list(trackers)

@@ -106,7 +106,10 @@ def resumed_config(newest: Path) -> Params:
             f"--resume: {newest} was trained by another version of this program, which took its steps differently. "
             "Finish it with that version, or train a new one with --output FOLDER; sampling from it works as before"
         )
-    saved = Params.from_json(about["config"])
+    try:
+        saved = Params.from_json(about["config"])
+    except ValueError as error:
+        raise checkpoint.CheckpointError(f"{newest}: {error}") from error
     given = parse(sys.argv[1:], saved).config
     given = dataclasses.replace(given, encoder=text_encoder.resolved(given.encoder))
     free = MAY_CHANGE - ({"epochs"} if saved.decay != "constant" else set())  # the rate falls towards the last epoch

@@ -9,13 +9,14 @@ import dataclasses
 import html
 import io
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from evaluation.scores import Interval, Score, beyond, difference, find, spread
-from files import replacing
+from files import parsed, replacing
 from images import as_picture
 from params import Sampling
 
@@ -44,22 +45,41 @@ def write(path: Path, results: dict) -> None:
 def read(path: Path) -> dict:
     """A results.json with its scores as objects; ValueError names a file that is none."""
     try:
-        results = json.loads(Path(path).read_text(encoding="utf-8"))
+        results = parsed(Path(path).read_bytes())
         if results["schema"] != SCHEMA:
             raise ValueError(f"its schema is {results['schema']!r}, this version reads {SCHEMA}")
         if missing := {"checkpoint", "config", "data", "sampling", "sets"} - results.keys():
             raise ValueError(f"it has no {sorted(missing)}")
+        parts = [results[part] for part in ("config", "sampling", "sets")]
+        if not all(isinstance(part, dict) for part in (*parts, *results["sets"].values())):
+            raise ValueError("config, sampling or sets are no fields")
+        texts = results["checkpoint"]["path"], results["data"]["fingerprint"]
+        if not all(isinstance(text, str) for text in texts) or not isinstance(results["checkpoint"]["images"], int):
+            raise ValueError("path, fingerprint or images is of another kind")
         for part in (results, *results["over_time"]):
             part["scores"] = [_score(fields) for fields in part["scores"]]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         why = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path} is no results.json ({why}); write it anew with evaluate.py --report") from None
     return results
 
 
 def _score(fields: dict) -> Score:
-    parts = {part: fields[part] and Interval(*fields[part]) for part in ("value", "shuffled", "real")}
-    return Score(**{**fields, **parts, "each": tuple(fields["each"])})
+    parts = {part: fields[part] and _interval(*fields[part]) for part in ("shuffled", "real")}
+    if not all(isinstance(fields[part], str) for part in ("name", "on", "by")):
+        raise ValueError("the name of a score is no text")
+    each = tuple(map(_finite, fields["each"]))
+    return Score(**{**fields, **parts, "value": _interval(*fields["value"]), "each": each})
+
+
+def _interval(value: float, low: float | None = None, high: float | None = None) -> Interval:
+    return Interval(_finite(value)) if low is high is None else Interval(*map(_finite, (value, low, high)))
+
+
+def _finite(number: float) -> float:
+    if not math.isfinite(number):
+        raise ValueError(f"{number} is no finite number")
+    return float(number)
 
 
 # Tables, as rows of cells.

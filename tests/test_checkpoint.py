@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from damage import UNREADABLE, damaged
 
 import checkpoint
 from checkpoint import ITEMS, CheckpointError, Saver
@@ -34,8 +36,14 @@ def items(step):
     return {"ema_short": weights, "ema_long": weights, "train": {"weights": weights, "step": np.int32(step)}}
 
 
+ABOUT = {
+    "config": {}, "encoder": {"sha256": "0"}, "schedule": {}, "dataset": {"fingerprint": "0"}, "prompts": ["κόσμος"],
+    "step": 1, "seconds": 0.1,
+}  # fmt: skip
+
+
 def small(path, step):
-    checkpoint.Saver().save(path, items(step), {"step": step, "words": ["κόσμος", None, 0.1]}, now=True)
+    checkpoint.Saver().save(path, items(step), ABOUT | {"step": step, "words": ["κόσμος", None, 0.1]}, now=True)
 
 
 def read(path):
@@ -58,14 +66,30 @@ def test_what_is_saved_is_restored_in_its_structure_and_dtypes(tmp_path):
     train = {"pair": (jnp.arange(3, dtype=jnp.bfloat16), np.array([True, False])), "step": jnp.int32(7)}
     path = tmp_path / "new folder" / "final"
     checkpoint.Saver().save(
-        path, {"ema_short": ones, "ema_long": ones, "train": train}, {"step": 7, "words": words}, now=True
+        path, {"ema_short": ones, "ema_long": ones, "train": train}, ABOUT | {"words": words}, now=True
     )
-    assert checkpoint.about(path) == {"step": 7, "words": words}
+    assert checkpoint.about(path) == ABOUT | {"words": words}
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), train)
     found = checkpoint.restore(path, {"train": shapes})
     assert found.keys() == {"train"}
     assert jax.tree.structure(found["train"]) == jax.tree.structure(train)
     jax.tree.map(lambda found, saved: np.testing.assert_array_equal(found, saved, strict=True), found["train"], train)
+
+
+def test_fields_of_any_other_kind_are_refused_by_name(two, monkeypatch):
+    for said in damaged(ABOUT):
+        monkeypatch.setattr(checkpoint, "_read", lambda path, items, said=said: {"about": said})
+        with suppress(CheckpointError):
+            found = checkpoint.about(two / "epoch9")
+            assert found.keys() >= ABOUT.keys()
+            assert np.int32(found["step"]) >= 0
+            assert np.isfinite(found["seconds"])
+            assert all(isinstance(prompt, str) for prompt in found["prompts"])
+            assert isinstance(found["encoder"]["sha256"] + found["dataset"]["fingerprint"], str)
+    for field in ABOUT:
+        monkeypatch.setattr(checkpoint, "_read", lambda path, items, field=field: {"about": ABOUT | {field: None}})
+        with pytest.raises(CheckpointError, match=f"epoch9: about does not say {field} as it should; take another one"):
+            checkpoint.about(two / "epoch9")
 
 
 class Other(NamedTuple):
@@ -81,7 +105,7 @@ def test_an_optimizer_state_is_restored_as_any_class_of_the_same_fields(tmp_path
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.linear_schedule(1e-2, 0.0, 9)))
     updates, opt_state = optimizer.update(weights, optimizer.init(weights), weights)
     train = {"weights": optax.apply_updates(weights, updates), "opt_state": opt_state, "step": jnp.int32(1)}
-    checkpoint.Saver().save(tmp_path / "final", {"train": train}, {"step": 1}, now=True)
+    checkpoint.Saver().save(tmp_path / "final", {"train": train}, ABOUT | {"step": 1}, now=True)
 
     found = checkpoint.restore(tmp_path / "final", {"train": jax.tree.map(jnp.zeros_like, train)})["train"]
     assert jax.tree.structure(found) == jax.tree.structure(train)
@@ -195,7 +219,7 @@ def test_checksums_that_do_not_list_exactly_the_files_are_a_fault(run, change, f
     assert checkpoint.newest(run) == run / "epoch9"
 
 
-@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "9" * 5000, "\xff", '{"a": NaN}'])
+@pytest.mark.parametrize("text", UNREADABLE)
 def test_checksums_that_are_no_json_are_a_fault(run, text):
     (run / "epoch10" / "checksums.json").write_text(text, encoding="latin-1")
     with pytest.raises(CheckpointError, match=f"{run}/epoch10 is not whole: .*; take another one"):
@@ -340,12 +364,12 @@ import sys
 from pathlib import Path
 sys.path[:0] = sys.argv[2:]
 from checkpoint import Saver, about, newest
-from test_checkpoint import items
+from test_checkpoint import ABOUT, items
 before = newest(Path(sys.argv[1]))
 with Saver(keep=2) as saver:
     for step in range(1 + (before is not None and about(before)["step"]), 10**6):
         for name in (f"epoch{step}", "stopped"):
-            saver.save(Path(sys.argv[1]) / name, items(step), {"step": step})
+            saver.save(Path(sys.argv[1]) / name, items(step), ABOUT | {"step": step})
             saver.wait()
         print(step, flush=True)
 """
@@ -391,7 +415,7 @@ def test_a_full_disk_is_said_and_the_checkpoint_before_stays(tmp_path, full_disk
     noise = {"w": np.random.default_rng(0).normal(size=100_000)}
     full_disk()
     with Saver(keep=1) as saver:
-        saver.save(tmp_path / "epoch2", {**items(2), "train": noise}, {"step": 2})
+        saver.save(tmp_path / "epoch2", {**items(2), "train": noise}, ABOUT | {"step": 2})
         saver.wait()
         said, logged = capfd.readouterr()
         assert logged == ""
@@ -401,11 +425,11 @@ def test_a_full_disk_is_said_and_the_checkpoint_before_stays(tmp_path, full_disk
         for _ in range(2):  # in a new place, and over one that is whole
             for one in (Saver(), saver):
                 with pytest.raises(CheckpointError, match=f"final cannot be written: .*Still whole: {tmp_path}/"):
-                    one.save(tmp_path / "final", {**items(2), "train": noise}, {"step": 2}, now=True)
+                    one.save(tmp_path / "final", {**items(2), "train": noise}, ABOUT | {"step": 2}, now=True)
             small(tmp_path / "final", 3)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch1", "final"]
         assert (read(tmp_path / "epoch1"), read(tmp_path / "final")) == (1, 3)
-        saver.save(tmp_path / "epoch4", items(4), {"step": 4})
+        saver.save(tmp_path / "epoch4", items(4), ABOUT | {"step": 4})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch4", "final"]
 
 
@@ -415,11 +439,11 @@ from pathlib import Path
 sys.path[:0] = sys.argv[2:]
 import numpy as np
 from checkpoint import Saver
-from test_checkpoint import items
+from test_checkpoint import ABOUT, items
 noise = {str(i): np.random.default_rng(i).normal(size=20_000) for i in range(100)}
 resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, -1))
 with Saver() as saver:
-    saver.save(Path(sys.argv[1]) / "epoch1", {**items(1), "train": noise}, {"step": 1})
+    saver.save(Path(sys.argv[1]) / "epoch1", {**items(1), "train": noise}, ABOUT | {"step": 1})
 """
 
 
@@ -499,7 +523,7 @@ def test_what_is_saved_is_the_state_at_that_time(tmp_path, gate):
     step = jax.jit(lambda state: jax.tree.map(lambda leaf: 2 * leaf, state), donate_argnums=0)
     state = step(jax.tree.map(jnp.asarray, items(1)))
     with Saver() as saver:
-        saver.save(tmp_path / "epoch1", state, {"step": 2})
+        saver.save(tmp_path / "epoch1", state, ABOUT | {"step": 2})
         given = jax.tree.leaves(state)
         for _ in range(3):
             state = step(state)
@@ -512,10 +536,10 @@ def test_what_is_saved_is_the_state_at_that_time(tmp_path, gate):
 @pytest.mark.parametrize("now", [False, True])
 def test_a_save_in_flight_is_waited_for(tmp_path, gate, now):
     with Saver() as saver:
-        saver.save(tmp_path / "epoch1", items(1), {"step": 1})
+        saver.save(tmp_path / "epoch1", items(1), ABOUT | {"step": 1})
         assert not (tmp_path / "epoch1").exists()
         threading.Timer(0.1, gate.set).start()
-        saver.save(tmp_path / "final", items(2), {"step": 2}, now=now)
+        saver.save(tmp_path / "final", items(2), ABOUT | {"step": 2}, now=now)
         assert read(tmp_path / "epoch1") == 1
         assert (tmp_path / "final").exists() or not now
     assert read(tmp_path / "final") == 2
@@ -527,16 +551,16 @@ def test_only_the_last_epochs_are_kept(two, tmp_path, keep, left):
         shutil.copytree(two / "epoch9", tmp_path / name)
     everything = {path.name for path in tmp_path.iterdir()}
     with Saver(keep) as saver:
-        saver.save(tmp_path / "stopped", items(9), {"step": 9})
+        saver.save(tmp_path / "stopped", items(9), ABOUT | {"step": 9})
         saver.wait()
         assert {path.name for path in tmp_path.iterdir()} == everything
-        saver.save(tmp_path / "epoch11", items(11), {"step": 11})
+        saver.save(tmp_path / "epoch11", items(11), ABOUT | {"step": 11})
     assert {path.name for path in tmp_path.iterdir()} == {*(f"epoch{n}" for n in left), "stopped", "final", "other"}
 
 
 def test_epochs_after_the_one_that_is_saved_are_kept(run):
     with Saver(keep=1) as saver:
-        saver.save(run / "epoch8", items(8), {"step": 8})
+        saver.save(run / "epoch8", items(8), ABOUT | {"step": 8})
     assert sorted(path.name for path in run.iterdir()) == ["epoch10", "epoch8", "epoch9"]
 
 
@@ -549,15 +573,15 @@ jax.distributed.initialize(sys.argv[3], num_processes=2, process_id=int(sys.argv
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 import checkpoint
-from test_checkpoint import items, read
+from test_checkpoint import ABOUT, items, read
 folder = Path(sys.argv[2])
 mesh = jax.make_mesh((4,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
 everywhere = NamedSharding(mesh, PartitionSpec())
 state = jax.device_put(items(3), everywhere)
 with checkpoint.Saver(keep=1) as saver:
-    saver.save(folder / "epoch1", state, {"step": 3})
-    saver.save(folder / "epoch2", state, {"step": 3})
-    saver.save(folder / "final", state, {"step": 3}, now=True)
+    saver.save(folder / "epoch1", state, ABOUT | {"step": 3})
+    saver.save(folder / "epoch2", state, ABOUT | {"step": 3})
+    saver.save(folder / "final", state, ABOUT | {"step": 3}, now=True)
 multihost_utils.sync_global_devices("saved")
 if jax.process_index() == 1:  # alone
     assert checkpoint.newest(folder).name == "final" and read(folder / "final") == 3

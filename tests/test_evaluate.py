@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from damage import UNREADABLE, damaged
 from flax import nnx
 
 import checkpoint
@@ -275,6 +276,22 @@ def test_results_are_read_as_they_were_written_and_no_other_file_is(tmp_path, da
         report.read(path)
 
 
+def test_results_of_any_other_kind_are_compared_or_refused_by_name(tmp_path):
+    good, odd = tmp_path / "a.json", tmp_path / "b.json"
+    report.write(good, whole_results())
+    whole = json.loads(good.read_text())
+    compared = 0
+    for text in (*map(json.dumps, damaged(whole)), *UNREADABLE):
+        odd.write_text(text, encoding="latin-1")
+        try:
+            assert report.comparison([good, odd])
+            assert report.comparison([odd, good])
+            compared += 1
+        except ValueError as error:
+            assert str(error).startswith(f"{odd} is no results.json")  # noqa: PT017
+    assert compared
+
+
 # Samples, by a pretended network.
 
 
@@ -417,7 +434,7 @@ def run(split, tiny, tmp_path_factory):
         about = {
             "config": config.to_json(), "encoder": Letters().identity, "schedule": {"name": "cosine", "T": tiny.T},
             "dataset": {"fingerprint": dataset.from_config(config).fingerprint},
-            "step": number, "seconds": number * 1.5,
+            "step": number, "seconds": number * 1.5, "prompts": ["red disc"],
         }  # fmt: skip
         items["train"] = {"step": np.int32(number)}
         checkpoint.Saver().save(folder / name, items, about=json.loads(json.dumps(about)), now=True)

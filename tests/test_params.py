@@ -1,11 +1,13 @@
 import dataclasses
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from damage import damaged
 
-from params import PRESETS, Params
+from params import PRESETS, Params, Sampling
 
 ROOT = Path(__file__).parent.parent
 PATHS = [path for folder in (ROOT, ROOT / "evaluation", ROOT / "sources") for path in folder.glob("*.py")]
@@ -59,6 +61,14 @@ def test_a_field_of_another_version_is_named():
 
 def test_fields_that_older_checkpoints_hold_are_passed_over():
     assert Params.from_json({**Params().to_json(), "max_bad": 0.1, "snr_gamma": 5.0, "heldout": 64}) == Params()
+
+
+@pytest.mark.parametrize("whole", [PRESETS["cpu"], Sampling()], ids=["Params", "Sampling"])
+def test_fields_of_any_kind_are_taken_or_refused_and_what_is_taken_can_be_compiled_in(whole):
+    for saved in damaged(json.loads(json.dumps(whole.to_json()))):
+        with suppress(ValueError):
+            hash(type(whole).from_json(saved))
+    assert repr(dataclasses.replace(PRESETS["cpu"], CHANNELS=3.0).CHANNELS) == "3"
 
 
 @pytest.mark.parametrize("field", FIELDS)

@@ -46,7 +46,7 @@ def trained(tiny, tmp_path_factory):
 
     path = tmp_path_factory.mktemp("models") / "final"
     about = {"config": tiny.to_json(), "encoder": encoder.identity, "step": 1, "prompts": ["red disc", "blue disc"]}
-    about["schedule"] = {"name": "cosine", "T": tiny.T}
+    about |= {"schedule": {"name": "cosine", "T": tiny.T}, "dataset": {"fingerprint": "0"}, "seconds": 1.5}
     items = {"ema_short": noise(state.ema.short), "ema_long": noise(state.ema.long), "train": {"step": state.step}}
     checkpoint.Saver().save(path, items, about=json.loads(json.dumps(about)), now=True)
     return path

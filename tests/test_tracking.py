@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from damage import UNREADABLE, damaged
 from PIL import Image
 
 import tracking
@@ -197,6 +198,16 @@ def test_a_resumed_run_keeps_the_whole_lines_up_to_its_step(tmp_path):
     assert [line["step"] for line in lines(path)] == [2, 4, 3, 6]
     MetricsLog(path, 0, 0.0, pictures=10, B=3)
     assert lines(path) == []
+
+
+def test_a_resumed_run_passes_over_lines_of_any_other_kind(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    odd = [json.dumps(line) for line in damaged({"step": 2})] + [text for text in UNREADABLE if text != "\xff"]
+    path.write_bytes("\n".join(['{"step": 1}', *odd, '{"step": 3}']).encode() + b"\n\xff\n")
+    MetricsLog(path, 4, 0.0, pictures=10, B=3).write(6, metrics())
+    found = [line["step"] for line in lines(path)]
+    assert found[0] == 1
+    assert found[-2:] == [3, 6]
 
 
 def test_a_tracker_that_is_not_installed_names_the_command(monkeypatch, tmp_path):
