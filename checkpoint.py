@@ -13,6 +13,7 @@ there, so a kill at any time leaves the old or the new one whole. Of several pro
 import functools
 import json
 import logging
+import os
 import re
 import shutil
 import sys
@@ -69,7 +70,7 @@ class Saver(AbstractContextManager):
         if jax.process_index() != 0:
             return
         _quieten()
-        path, orbax, fault = path.resolve(), _orbax(), None
+        path, orbax, fault = _real(path), _orbax(), None
         trees = {name: ocp.args.StandardSave(tree) for name, tree in jax.device_get(items).items()}
         try:
             _tidy(path.parent)
@@ -244,6 +245,11 @@ def _named(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names) if re.fullmatch(NAMES, name)]
 
 
+def _real(path: Path) -> Path:
+    """The whole path behind links; of links in a circle, one that does not exist."""
+    return Path(os.path.realpath(path))
+
+
 def _located(path: Path) -> tuple[Path, bytes]:
     """Where a checkpoint lies, and its checksums.json, which differs from that of any other checkpoint."""
     replaced = path.parent / REPLACED / path.name
@@ -255,7 +261,7 @@ def _located(path: Path) -> tuple[Path, bytes]:
 
 def _read(path: Path, items: dict) -> dict:
     """What Orbax reads from files found whole; once more where a trainer has replaced them meanwhile."""
-    before, fault = _located(path := path.resolve()), None
+    before, fault = _located(path := _real(path)), None
     try:
         _verify(before[0], items)
         with _orbax() as orbax:

@@ -304,7 +304,7 @@ def evaluate(options: Options) -> None:
     from evaluation import report
 
     if options.compare:
-        print(report.comparison(options.compare))
+        print(report.comparison([files.from_home(path) for path in options.compare]))
         return
     if options.samples < 2:
         raise ValueError(f"--samples {options.samples}: at least 2 are needed")
@@ -324,7 +324,7 @@ def main() -> None:
         import parallel
 
         parallel.setup()
-        evaluate(options)
+        evaluate(files.expanded(options))
     except (ValueError, OSError) as error:
         sys.exit(f"evaluate.py: {error}")
     except KeyboardInterrupt:

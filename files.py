@@ -2,6 +2,7 @@
 fails; and a cache of arrays.
 """
 
+import dataclasses
 import errno
 import fcntl
 import functools
@@ -18,7 +19,21 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
+HOME = Path(os.path.expanduser("~"))  # "~" itself where there is none
 CACHE = Path(__file__).resolve().parent / ".cache"  # everything that can be made again; safe to delete
+if not CACHE.exists() and not os.access(CACHE.parent, os.W_OK) and HOME.is_absolute():
+    CACHE = HOME / ".cache" / "emoji-diffusion"
+
+
+def from_home(path: str | Path) -> Path:
+    """A path that may begin with `~`, the home folder."""
+    return Path(os.path.expanduser(path))
+
+
+def expanded(options: Any) -> Any:
+    """A dataclass of options, each path of which may begin with `~`."""
+    paths = {name: from_home(value) for name, value in vars(options).items() if isinstance(value, Path)}
+    return dataclasses.replace(options, **paths)
 
 
 class _Stream:

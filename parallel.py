@@ -24,7 +24,7 @@ import numpy as np
 from jax.experimental.multihost_utils import process_allgather, sync_global_devices
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from files import CACHE
+from files import CACHE, say_once
 from params import Params
 
 AXIS = "data"
@@ -40,10 +40,12 @@ class ParallelError(ValueError):
 
 
 def setup() -> None:
-    """Set JAX up, as far as the user has not: 90 % of a GPU's memory, compiled programs kept in .cache/xla.
-
-    Call it before JAX is first used.
+    """Set JAX up: float32, and, as far as the user has not said otherwise, 90 % of a GPU's memory and compiled programs
+    kept in .cache/xla. Call it before JAX is first used.
     """
+    if jax.config.jax_enable_x64:
+        say_once("JAX_ENABLE_X64 is switched off: this program computes in float32")
+        jax.config.update("jax_enable_x64", False)
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.90")
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(CACHE / "xla"))

@@ -25,7 +25,7 @@ import checkpoint as checkpoints
 import dataset
 import parallel
 import schedule as schedules
-from files import writable
+from files import from_home, writable
 from guidance import steps_within
 from images import as_picture, as_rgba, load_picture, save_png
 from model import abstract
@@ -69,8 +69,8 @@ class DiffusionPipeline:
         if ema not in ("short", "long"):
             raise ValueError(f"ema = {ema!r}: allowed are 'short' and 'long'")
         parallel.setup()
-        own = _load(Path(checkpoint), encoder, ema)
-        other = None if guide is None else _load(Path(guide), own.encoder, ema)
+        own = _load(from_home(checkpoint), encoder, ema)
+        other = None if guide is None else _load(from_home(guide), own.encoder, ema)
         for field in ("H", "W", "CHANNELS", "T", "TEXT_LEN", "zero_terminal_snr") if other else ():
             here, there = getattr(own.config, field), getattr(other.config, field)
             if here != there:
@@ -112,7 +112,7 @@ class DiffusionPipeline:
         `sampling`; those given by name here take precedence. edit: a picture to start from.
         """
         if output_path is not None:
-            path = Path(output_path)
+            path = from_home(output_path)
             if path.suffix.lower() != ".png" or path.is_dir():
                 raise ValueError(f"output_path = {output_path}: name a file that ends in .png")
             writable(path.parent)
@@ -236,7 +236,7 @@ class DiffusionPipeline:
         for name, picture, modes in (("image", edit.image, "RGB RGBA L LA P PA 1"), ("mask", edit.mask, "L 1")):
             if picture is None:
                 continue
-            opened[name] = picture if isinstance(picture, Image.Image) else load_picture(Path(picture))
+            opened[name] = picture if isinstance(picture, Image.Image) else load_picture(from_home(picture))
             if opened[name].size != size:
                 sizes = " x ".join(map(str, opened[name].size)), " x ".join(map(str, size))
                 raise ValueError(f"{name} is {sizes[0]}; this checkpoint draws {sizes[1]}: resize it first")

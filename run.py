@@ -194,5 +194,10 @@ def example_prompts(captions: list[str], heldout: list[str]) -> list[str]:
 
 
 def grid_folder(output: Path) -> Path:
-    """Where the sample grids of a run go."""
-    return Path("validation_images", "-".join(part for part in output.parts if part.strip("/.")) or "run")
+    """Where the sample grids of a run go: beside those of others, or into its own folder if that may not be written."""
+    folder = Path("validation_images", "-".join(part for part in output.parts if part.strip("/.")) or "run")
+    try:
+        files.writable(folder)
+    except OSError:
+        return output / "grids"
+    return folder

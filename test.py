@@ -57,8 +57,8 @@ def main() -> None:
     try:
         options = tyro.cli(Options, **settings)
         if options.like:
-            options = tyro.cli(Options, default=remembered(options.like), **settings)
-        print(run(options))
+            options = tyro.cli(Options, default=remembered(files.from_home(options.like)), **settings)
+        print(run(files.expanded(options)))
     except (ValueError, OSError) as error:
         sys.exit(f"test.py: {error}")
     except KeyboardInterrupt:

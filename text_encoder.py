@@ -30,7 +30,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
-from files import sha256
+from files import from_home, sha256
 from sources import packages
 from sources.names import name_of
 
@@ -72,13 +72,13 @@ class EncoderError(ValueError):
 
 def resolved(name: str) -> str:
     """The name of an encoder, a folder's by its whole path, so that it is found from anywhere."""
-    folder = Path(name).expanduser()
+    folder = from_home(name)
     return str(folder.resolve()) if folder.is_dir() else name
 
 
 def locate(name: str) -> Path:
     """Folder of an encoder: a local folder itself, MiniLM's package, or a snapshot of the hub; raises EncoderError."""
-    folder = Path(name).expanduser()
+    folder = from_home(name)
     if folder.is_dir():
         return folder
     if name == MINILM:

@@ -9,6 +9,7 @@ had happened.
 
 import dataclasses
 import difflib
+import os
 import shlex
 import signal
 import sys
@@ -89,6 +90,7 @@ def resolve(config: Params) -> Params:
     import text_encoder
     from sources import emojis
 
+    config = dataclasses.replace(config, data=os.path.expanduser(config.data))
     if config.data == Params.data:
         config = dataclasses.replace(config, vendor=emojis.ensure(Path(config.data), config.vendor))
     return dataclasses.replace(config, encoder=text_encoder.resolved(config.encoder))
@@ -135,7 +137,7 @@ def load_data(config: Params) -> tuple["Pictures", "TextEncoder"]:
     for fault in pictures.faults[:5]:
         print(f"skipped: {fault.where}: {fault.what}")
     if (more := len(pictures.faults) - 5) > 0:
-        print(f"skipped: {more} more; see python prepare_dataset.py --check --data {config.data}")
+        print(f"skipped: {more} more; see {command('prepare_dataset.py', '--check', '--data', config.data)}")
     encoder = text_encoder.TextEncoder(config.encoder)
     if (most := encoder.max_length) < config.TEXT_LEN:
         sys.exit(f"train.py: --TEXT_LEN = {config.TEXT_LEN}: {config.encoder} takes at most {most} tokens")
@@ -180,14 +182,13 @@ def train(options: Options) -> str | None:
     if stopped_by:
         return f"{stopped_by}; {path} written. Go on: {command_to_resume()}"
     written = f"{path} and {grid}" if grid else path
-    print(f"{written} written. Next: python test.py --checkpoint {path}")
+    print(f"{written} written. Next: {command('test.py', '--checkpoint', str(path))}")
 
 
 def configure(options: Options) -> tuple[Params, Path | None]:
     """The configuration of the run, and the checkpoint that it goes on from, if there is one."""
     import checkpoint
     import parallel
-    from run import grid_folder
 
     tracking.require(options.track)
     output, newest = options.output, checkpoint.newest(options.output)
@@ -195,7 +196,6 @@ def configure(options: Options) -> tuple[Params, Path | None]:
         sys.exit(f"{output} already holds {newest.name}: go on with --resume, or train elsewhere with --output FOLDER")
     if parallel.is_main():
         checkpoint.rehearse(output)
-    files.writable(grid_folder(output))
     config = options.config if newest is None else resumed_config(newest)
     parallel.check_batch_size(config)
     if config.compute == "bfloat16" and not parallel.on_accelerator():
@@ -275,13 +275,17 @@ def loop(run: "Run", state: "TrainState", source: "Memory | Stream") -> tuple["T
 
 
 def command_to_resume() -> str:
-    words = [word for word in sys.argv[1:] if word != "--resume"] + ["--resume"]
-    return f"python train.py {shlex.join(words)}"
+    return command("train.py", *(word for word in sys.argv[1:] if word != "--resume"), "--resume")
+
+
+def command(script: str, *words: str) -> str:
+    """A command line to paste into the shell that this script was started from."""
+    return shlex.join(["python", str(Path(sys.argv[0]).with_name(script)), *words])
 
 
 def main() -> None:
     files.secure_streams()
-    options = parse(sys.argv[1:])
+    options = files.expanded(parse(sys.argv[1:]))
     import checkpoint
     import dataset
     import parallel

@@ -29,7 +29,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from dataset import CSV, DatasetError
-from files import replacing, writable
+from files import from_home, replacing, writable
 from images import PictureError, reading, save_png
 from sources.names import name_of
 from sources.packages import Package, PackageError, fetch, npm, pypi
@@ -89,7 +89,7 @@ def _text(code_points: str) -> str:
 
 def google_font() -> Source:
     """The pictures of a NotoColorEmoji.ttf on this machine, at the one size its bitmaps have."""
-    fonts = (font for folder in FONT_FOLDERS for font in sorted(Path(folder).expanduser().rglob("NotoColorEmoji.ttf")))
+    fonts = (font for folder in FONT_FOLDERS for font in sorted(from_home(folder).rglob("NotoColorEmoji.ttf")))
     if (path := next(fonts, None)) is None:
         raise PackageError("this machine has no NotoColorEmoji.ttf (Debian and Ubuntu: fonts-noto-color-emoji)")
     try:

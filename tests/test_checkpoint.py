@@ -265,6 +265,20 @@ def test_no_checkpoint_says_what_there_is(tmp_path):
         checkpoint.about(tmp_path)
 
 
+def test_a_checkpoint_is_found_behind_a_link_and_links_in_a_circle_are_none(run, tmp_path):
+    (tmp_path / "newest").symlink_to(run / "epoch10")
+    assert read(tmp_path / "newest") == 10
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    for path in tmp_path / "a", tmp_path / "a" / "final":
+        with pytest.raises(CheckpointError, match=r"no checkpoint at .*/a"):
+            checkpoint.about(path)
+        assert checkpoint.checkpoints(path) == []
+        assert checkpoint.newest(path) is None
+        with pytest.raises(CheckpointError, match="cannot be written"):
+            small(path, 1)
+
+
 def test_a_reader_uses_what_waits_where_it_lies(tmp_path):
     small(tmp_path / "final", 1)
     small(tmp_path / "spare", 2)

@@ -1,6 +1,9 @@
 """Streams, locks and files: what goes wrong around a run is said, and does not end it."""
 
+import dataclasses
 import os
+import runpy
+import shutil
 import socket
 import subprocess
 import sys
@@ -172,3 +175,39 @@ def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path, monkeypatch, c
     for _ in range(2):
         assert files.cached("kind", "recipe", lambda: {"a": [7]}) == {"a": [7]}
     assert capsys.readouterr().err.count(f"{tmp_path}/file/kind cannot be written (") == 1
+
+
+# Places.
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    output: Path
+    image: Path | None = None
+    prompts: tuple[str, ...] = ("~",)
+
+
+@pytest.mark.parametrize(("home", "place"), [("/home/me", "/home/me/a b"), (None, "~/a b")])
+def test_a_path_may_begin_at_the_home_folder_if_there_is_one(monkeypatch, home, place):
+    monkeypatch.setattr(os.path, "expanduser", lambda path: str(path).replace("~", home or "~", 1))
+    assert files.expanded(Options(Path("~/a b"))) == Options(Path(place))
+    assert files.expanded(Options(Path("a/~"), Path("~/a b"))).image == Path(place)
+
+
+@pytest.mark.parametrize(
+    ("filled", "writable", "home", "cache"),
+    [
+        (False, True, "/home/me", "here"),
+        (False, False, "/home/me", "/home/me/.cache/emoji-diffusion"),
+        (False, False, "~", "here"),
+        (True, False, "/home/me", "here"),
+    ],
+)
+def test_the_cache_is_beside_the_code_or_where_it_can_be_written(tmp_path, monkeypatch, filled, writable, home, cache):
+    here = tmp_path.resolve() / ".cache"
+    if filled:
+        here.mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: writable)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: home)
+    shutil.copy(files.__file__, tmp_path)
+    assert runpy.run_path(str(tmp_path / "files.py"))["CACHE"] == (here if cache == "here" else Path(cache))

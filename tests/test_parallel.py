@@ -20,6 +20,7 @@ import pytest
 from test_train import flags, weights
 
 import checkpoint
+import files
 import parallel
 from params import Params
 
@@ -256,3 +257,14 @@ def test_one_process_agrees_with_itself():
     state = {"weights": jax.numpy.ones(3), "key": jax.random.key(0)}
     assert parallel.unreplicate(parallel.replicate(state))["key"] == state["key"]
     assert parallel.local_rows(6) == slice(0, 6)
+
+
+def test_numbers_of_64_bits_are_switched_off_and_that_is_said(capsys):
+    files.say_once.cache_clear()
+    jax.config.update("jax_enable_x64", True)
+    try:
+        parallel.setup()
+        assert jnp.asarray(np.ones(2)).dtype == np.float32
+        assert "JAX_ENABLE_X64 is switched off" in capsys.readouterr().err
+    finally:
+        jax.config.update("jax_enable_x64", False)

@@ -3,11 +3,12 @@
 import dataclasses
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ablation import flags as flags_of
+from damage import UNREADABLE, damaged
 from PIL import Image
 from tqdm import tqdm
 
@@ -31,7 +33,8 @@ import run
 import test as sampling_script
 import train
 import training
-from params import PRESETS, Params
+from images import save_png
+from params import PRESETS, Params, Sampling
 from run import Due, Run
 
 ROOT = Path(__file__).parent.parent
@@ -186,6 +189,54 @@ def test_a_second_trainer_in_the_folder_of_another_is_refused_and_changes_nothin
         assert sorted(os.listdir("models_vA0")) == [".lock", ".unfinished"]
     assert "models_vA0/final and" in call(train, *flags(tiny))
     assert ".lock" not in os.listdir("models_vA0")
+
+
+def test_the_commands_that_are_printed_can_be_pasted(call, tiny, linear, monkeypatch):
+    output = "a folder; 'mine'"
+    said = call(train, *flags(tiny), "--output", output)
+    python, script, *words = shlex.split(said.split("Next: ")[1].splitlines()[0])
+    assert (python, script) == ("python", "test.py")
+    assert "pictures beside it written" in call(sampling_script, *words, "--steps", "1")
+    monkeypatch.setattr(sys, "argv", ["/where it/is/train.py", "quick", "--resume", "--output", output])
+    words = ["python", "/where it/is/train.py", "quick", "--output", output, "--resume"]
+    assert shlex.split(train.command_to_resume()) == words
+
+
+def test_grids_go_into_the_output_folder_where_their_own_cannot_be_written(call, tiny, linear):
+    Path("validation_images").touch()
+    said = call(train, *flags(tiny))
+    assert "models_vA0/final and models_vA0/grids/final.png written" in said
+    assert sorted(os.listdir("models_vA0/grids")) == ["epoch1.png", "final.png"]
+
+
+def test_a_checkpoint_whose_configuration_is_of_another_kind_is_not_resumed(call, tiny, linear, monkeypatch):
+    call(train, *flags(tiny))
+    about = checkpoint.about(Path("models_vA0/final"))
+    about["config"] |= {"B": 10**400}
+    monkeypatch.setattr(checkpoint, "about", lambda path: about)
+    assert "train.py: models_vA0/final: B = 1000" in call(train, *flags(tiny), "--resume")
+
+
+def test_a_png_whose_text_is_of_another_kind_is_refused_by_name(tmp_path):
+    path = tmp_path / "a.png"
+    whole = {"prompt": "red disc", "seed": "3", "sampling": json.dumps(Sampling().to_json())}
+    for sampling in (*map(json.dumps, damaged(Sampling().to_json())), *UNREADABLE):
+        save_png(Image.new("L", (1, 1)), path, whole | {"sampling": sampling})
+        with suppress(ValueError):
+            assert sampling_script.remembered(path).prompts == ("red disc",)
+    for name in "seed", "strength", "to_seed", "frames":
+        for odd in ("", "x", "[]", "1" * 5000)[: 3 if name == "strength" else 4]:  # that one is infinite
+            save_png(Image.new("L", (1, 1)), path, whole | {name: odd})
+            with pytest.raises(ValueError, match=r"a\.png was sampled by another version of this program"):
+                sampling_script.remembered(path)
+
+
+def test_ctrl_c_in_drawing_is_a_sentence(call, monkeypatch):
+    def interrupted(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sampling_script, "run", interrupted)
+    assert call(sampling_script) == "\ninterrupted: nothing but whole pictures was written"
 
 
 def test_an_error_before_the_first_step_leaves_no_checkpoint(call, tiny, linear, monkeypatch):
