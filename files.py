@@ -1,5 +1,7 @@
-"""Files that are whole or not there, written beside their place and then renamed; streams on which printing never
-fails; and a cache of arrays.
+"""Files that are whole or not there, written beside their place and then renamed; and what goes wrong around files.
+
+What can be done without, a line of metrics, a picture for people, a cache, or a line on the terminal, ends no program
+where it cannot be written. A run's folder is locked while a process writes into it.
 """
 
 import dataclasses
@@ -19,15 +21,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-HOME = Path(os.path.expanduser("~"))  # "~" itself where there is none
-CACHE = Path(__file__).resolve().parent / ".cache"  # everything that can be made again; safe to delete
-if not CACHE.exists() and not os.access(CACHE.parent, os.W_OK) and HOME.is_absolute():
-    CACHE = HOME / ".cache" / "emoji-diffusion"
-
 
 def from_home(path: str | Path) -> Path:
-    """A path that may begin with `~`, the home folder."""
+    """A path that may begin with `~`, the home folder; where there is none, it is left as it is."""
     return Path(os.path.expanduser(path))
+
+
+CACHE = Path(__file__).resolve().parent / ".cache"  # everything that can be made again; safe to delete
+if not CACHE.exists() and not os.access(CACHE.parent, os.W_OK) and from_home("~").is_absolute():
+    CACHE = from_home("~") / ".cache" / "emoji-diffusion"
 
 
 def expanded(options: Any) -> Any:
@@ -160,12 +162,12 @@ def locked(folder: Path) -> Iterator[None]:
     """
     writable(folder)
     path, host = folder / ".lock", socket.gethostname()
-    with path.open("a+") as file:
+    with path.open("a+", errors="replace") as file:
         file.seek(0)
         before = file.read().split()  # host and process
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            free = not before or before[0] == host
+            free = (not before or before[0] == host) and os.fstat(file.fileno()).st_nlink > 0  # not just deleted
         except BlockingIOError:
             free = False
         except OSError:  # a disk that knows no locks

@@ -57,7 +57,7 @@ def main(options: Options) -> int:
     from sources import emojis
     from sources.packages import PackageError
 
-    root = options.data
+    root = files.from_home(options.data)
     try:
         if not options.check:
             emojis.prepare(root, "" if options.vendor == "any" else options.vendor)
