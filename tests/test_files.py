@@ -29,15 +29,11 @@ with open("kept", "w") as kept:
 
 
 def printing(folder, *, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, close=(), **environment):
-    """Runs PRINTING with these streams; gives its exit status."""
-
-    def close_them():
-        for descriptor in close:
-            os.close(descriptor)
-
-    words = [sys.executable, "-c", PRINTING]
+    """Runs PRINTING with these streams, or without; gives its exit status."""
+    closed = " ".join(f"{descriptor}>&-" for descriptor in close)
+    words = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-c", PRINTING]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    done = subprocess.run(words, cwd=folder, stdout=stdout, stderr=stderr, env=environment, preexec_fn=close_them)
+    done = subprocess.run(words, cwd=folder, stdout=stdout, stderr=stderr, env=environment)
     assert (folder / "kept").read_text() == "to the end"
     return done.returncode
 
