@@ -153,7 +153,7 @@ class DiffusionPipeline:
             raise ValueError(f"frames = {frames}: allowed are whole numbers from 2 to 1000")
         if seeds[0] != seeds[1] and self.resolved(sampling or Sampling()).eta > 0:
             raise ValueError("eta is above 0: fresh noise has no way between seeds; take eta = 0 or one seed")
-        prompts = list(dict.fromkeys(prompts))  # of two that are equal, one estimate is enough
+        prompts = list(dict.fromkeys(map(checked, prompts)))  # of two that are equal, one estimate is enough
         share = np.linspace(0, 1, frames, dtype=np.float32)
         images, _ = self._sample([prompts] * frames, [list(seeds)] * frames, sampling, share=share)
         return [as_picture(pixels) for pixels in images]

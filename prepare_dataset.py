@@ -8,6 +8,7 @@ The layout is full_emoji.csv with the columns `#` and `name`, and image/<vendor>
 subinium/emojiimage-dataset has it, and so can your own pictures.
 """
 
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,8 @@ def main(options: Options) -> int:
         print(printable(f"{root}: {verdict}; pictures: {', '.join(counts) or 'none'}"))
         if options.check:
             return 1 if faults else 0
-        print("Next: python train.py quick")
+        elsewhere = "" if root == Options.data else f" --data {shlex.quote(str(root))}"
+        print(f"Next: python train.py quick{elsewhere}")
         return 0
     except (dataset.DatasetError, PackageError, OSError) as error:
         print(f"prepare_dataset.py: {error}", file=sys.stderr)

@@ -17,7 +17,6 @@ last bit), and not on L (to rounding). So it can be computed once for a dataset,
 
 import functools
 import hashlib
-import json
 import re
 import warnings
 from pathlib import Path
@@ -30,7 +29,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
-from files import from_home, sha256
+from files import from_home, parsed, sha256
 from sources import packages
 from sources.names import name_of
 
@@ -102,8 +101,8 @@ def locate(name: str) -> Path:
 def read_config(file: Path) -> dict:
     """A BERT's config.json; raises EncoderError where it is not one that this file computes."""
     try:
-        config = DEFAULTS | json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, TypeError, RecursionError) as error:  # TypeError: not an object
+        config = DEFAULTS | parsed(file.read_bytes())
+    except (ValueError, TypeError) as error:  # TypeError: not an object
         raise EncoderError(f"{file} is not JSON of a BERT: {error}.{WAYS}") from error
     for key, wanted in SUPPORTED.items():
         if config[key] != wanted:
