@@ -41,7 +41,7 @@ MAX_BAD = 0.05  # refuse a dataset with a larger share of broken rows and pictur
 BLOCK, PART = 512, 32  # pictures decoded and cached together; those of them that a thread takes at a time
 FORMAT = 2  # of the cache; any change of what decoding gives needs another number
 VARIANTS = 4  # other captions of a picture, made from its keywords
-NO_NAME = re.compile(r"[\x00-\x1f\x7f-\x9f/\\]|^\.\.?$")  # in the name of a file: a path, what a terminal obeys
+NO_NAME = re.compile(r"[\x00-\x1f\x7f-\x9f/\\]|^\.\.?$")  # in a file name: slashes, control characters
 
 
 class DatasetError(ValueError):
@@ -78,7 +78,7 @@ class Pictures(NamedTuple):
     keywords: list[str]  # "face, happy, joy", or ""
     heldout: Bool[np.ndarray, "n"]
     faults: list[Fault]
-    fingerprint: str  # SHA-256 of all of this but the folders; of files' names where pictures stay on the disk
+    fingerprint: str  # SHA-256 of pictures, captions and split; of file names instead of pictures that stay on the disk
     others: list[list[str]]  # further captions of each
 
     def file(self, row: SupportsIndex) -> Path:
@@ -294,7 +294,7 @@ def fit(picture: Image.Image, height: int, width: int, channels: int) -> UInt8[n
     canvas = np.full((4, height, width), 255, np.float32)
     canvas[3] = 0
     inner = canvas[:, top : top + h, left : left + w]
-    inner[:3] = (planes[:3] / np.maximum(planes[3], 1e-6) * 255).clip(0, 255)  # where one rings, so does the other
+    inner[:3] = (planes[:3] / np.maximum(planes[3], 1e-6) * 255).clip(0, 255)  # Lanczos overshoots in both alike
     inner[3] = planes[3].clip(0, 255)
     colour, alpha = canvas[:3], canvas[3]
     if channels == 4:
@@ -360,7 +360,7 @@ def _refuse(root: Path, rows: list[Row], chosen: list[str], kept: list[tuple[Row
 
 
 def _fingerprint(pictures: Pictures, *, pixels: bool) -> str:
-    """SHA-256 of captions, `#`, keywords, split, and pixels or else files' names, which a mended picture keeps."""
+    """SHA-256 of captions, `#`, keywords, split, and pixels; or of file names, so that a picture may be mended."""
     files = (f"{folder.name}/{index}.png" for folder, index in zip(pictures.folders, pictures.indexes, strict=True))
     what = pictures.images.shape if pixels else [*files]
     words = [what, pictures.names, pictures.indexes, pictures.keywords, pictures.heldout.tolist()]

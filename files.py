@@ -58,10 +58,11 @@ class _Stream:
 
 
 def secure_streams() -> None:
-    """Let no printing end this program: its reader may go away, a service may give it no stdout or stderr at all, and
-    its encoding may lack a letter, which becomes "?". Call it first in a script.
+    """Make sure that no printing ends this program. Call it first in a script.
+
+    The reader may go away, a service may give no stdout or stderr, the encoding may lack a letter: it becomes "?".
     """
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # or the next file that is opened takes what is printed
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # or the next file would take a closed stream's number
         pass
     os.close(descriptor)
     for name in ("stdout", "stderr"):
@@ -191,7 +192,7 @@ def locked(folder: Path) -> Iterator[None]:
 def cached(kind: str, recipe: str, make: Callable[[], dict]) -> dict:
     """The NumPy arrays that `make` returns, from the disk if they were made before under the same `recipe`.
 
-    A file that cannot be read is made again, one that cannot be written is made again next time: no cache is an error.
+    A file that cannot be read is made again, one that cannot be written is made again next time; neither is an error.
     """
     import numpy as np  # here, so that a script's --help does not wait for it
 

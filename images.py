@@ -1,4 +1,4 @@
-"""Pictures for people and from them: files in sRGB, grids with captions, PNG and GIF, bytes and the network's range.
+"""Pictures as files and as arrays: any file read as sRGB, grids, PNG and GIF written, bytes to [-1, 1] and back.
 
 `reading` opens a file that may be anything, and `as_rgba` makes eight bits of sRGB and alpha of what is in it.
 
@@ -29,7 +29,7 @@ WHOLE = 2**24  # a JPEG of more pixels is decoded at a half, a quarter or an eig
 SMALL = 2**21  # of pictures with more pixels, one is read at a time, as a pixel takes up to 24 bytes
 MISSING = "there is no such file"
 
-LETTERS = 1000  # of a caption, the rest is not looked at: no two lines of a cell hold as many
+LETTERS = 1000  # of a caption, more than two lines of a cell can hold; the rest is cut first
 GREY = (110, 110, 115)  # of the captions
 
 

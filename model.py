@@ -1,9 +1,9 @@
 """The network: a U-Net from a noisy image, its step t and a caption to the noise, the velocity or the clean image.
 
     noisy ─ patchify ─ convolution
-      down     stages, the output of each kept as a skip; halve         once per resolution
+      down     stages, the output of each kept as a skip; halve         at each resolution; the last is not halved
       middle   stage, ResBlock
-      up       stages, each given the last skip left; double            once per resolution
+      up       stages, each given the last skip left; double            at each resolution; the first is not doubled
     group norm, SiLU ─ convolution ─ unpatchify ─ prediction
 
 A stage is a ResBlock, then self-attention and cross-attention at the resolutions that the configuration names. The step
@@ -12,7 +12,7 @@ and the mean of the caption's tokens scale and shift a group norm in each ResBlo
 network itself, ends in a layer initialised to zero, so that the network starts as the zero function.
 
 Conv is a 3 × 3 convolution; Upsample repeats each pixel to 2 × 2, then convolves; GroupNorm(x, scale, shift) is
-norm(x) * (1 + scale) + shift, with SiLU after it where silu=True. All kernels.py does is to make these three fast.
+norm(x) * (1 + scale) + shift, with SiLU after it where silu=True. kernels.py makes these three fast.
 """
 
 import math

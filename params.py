@@ -94,7 +94,12 @@ class Params(Fields):
     T_dim: int = within(128, 2, 4096)  # size of the sinusoidal timestep embedding
     T_out: int = within(512, 1, 8192)  # size of the timestep embedding after its MLP
     BASE_DIM: int = within(128, 1, 4096)  # channels at the first resolution
-    DIM_MULTS: tuple[int, ...] = (1, 2, 2, 2)  # channels per resolution, in units of BASE_DIM; each halves the size
+    DIM_MULTS: tuple[int, ...] = (
+        1,
+        2,
+        2,
+        2,
+    )  # channels per resolution, in units of BASE_DIM; the next one has half the size
     PATCH: int = within(1, 1, 64)  # pixels per side that are folded into channels at entry, unfolded at exit
     BLOCKS: int = within(2, 1, 16)  # ResNet blocks per resolution
     self_attention: tuple[int, ...] = (2, 3)  # resolutions with self-attention (0: the first)

@@ -39,10 +39,10 @@ Seeds = int | Sequence[int]  # one for all pictures, or one for each
 
 
 class Edit(NamedTuple):
-    """A picture to start from: changed as far as `strength` says, or only where the mask is white."""
+    """A picture to start from: `strength` says how much of it changes, a mask where."""
 
     image: Image.Image | str | Path
-    strength: float | None = None  # 0 … 1: share of the way from noise to picture; 0.6, or with a mask 1, if None
+    strength: float | None = None  # 0 … 1: share of the steps that are taken; if None 0.6, or 1 with a mask
     mask: Image.Image | str | Path | None = None  # white is sampled anew, black is kept exactly
 
     @property

@@ -68,14 +68,14 @@ class Run:
         return Due(epoch, sampling, saving, logging)
 
     def steps_in_call(self, steps_per_call: int) -> int:
-        """Steps to take in one program: `steps_per_call` at its multiples if nothing is due before that, else 1."""
+        """Steps to take in one program: `steps_per_call` at its multiples, if nothing is due in between, else 1."""
         inside = range(self.step + 1, self.step + steps_per_call)
         aligned = self.step % steps_per_call == 0 and self.step + steps_per_call <= self.last_step
         return steps_per_call if aligned and not any(self.due(step).logging for step in inside) else 1
 
     def compile(self, train_step: Callable, *arguments: Any) -> Callable:
         """The program of a training step for arguments of these shapes."""
-        print("compiling the training step; the next run reads it from .cache/xla", flush=True)
+        print(f"compiling the training step; the next run reads it from {files.CACHE / 'xla'}", flush=True)
         with self.log.paused() if self.log else nullcontext():
             return train_step.lower(*arguments).compile()
 
@@ -99,7 +99,7 @@ class Run:
             print(f"\nan error ends the run; {path} was written before, and --resume goes on from it", flush=True)
 
     def sample(self, state: TrainState, name: str) -> Path | None:
-        """A grid of the same prompts from the same seeds every time, from the averaged weights; None without one."""
+        """A grid of the same prompts from the same seeds every time, from averaged weights; None if not written."""
         path, prompts = self.grids / f"{name}.png", self.about["prompts"]
         if self.log:
             with files.dispensable(self.grids), self.log.paused():
@@ -128,7 +128,7 @@ class Run:
 
     @cached_property
     def _learning_rate(self) -> Callable:
-        """Of the step that led to a step, on the device."""
+        """Rate of the last step, on the device; exact where no step was skipped."""
         rate = training.learning_rate(self.config, self.last_step)
         return jax.jit(lambda step: rate(step - 1))
 
@@ -172,7 +172,7 @@ def start(
         restored = checkpoint.restore(newest, training.to_checkpoint(state))
         state = parallel.replicate(training.from_checkpoint(restored))
         about["prompts"] = saved["prompts"]
-        print(f"resumed from {newest}, step {step}, with the configuration that it was saved with")
+        print(f"resumed from {newest}, step {step}, with its configuration instead of a preset's")
     parallel.check_equal(**{part: about[part] for part in ("config", "encoder", "dataset")}, step=step)
 
     concepts, log = len(set(shown.indexes)), None

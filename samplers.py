@@ -36,7 +36,7 @@ def step_towards(noisy: Images, denoised: Images, step: "Step", fresh: "FreshNoi
     """One step towards `denoised`, with eta times the fresh noise of ancestral sampling  (Song et al. 2021a, Eq. 16).
 
     Every solver calls it with its own estimate of the mean of `denoised` over the step. `remaining` is
-    sqrt(sigma'² - new²) / sigma, written so that it loses no digits at eta = 1.
+    sqrt(sigma_next² - new²) / sigma, written so that it loses no digits at eta = 1.
     """
     decay = (step.alpha * step.sigma_next) / (step.alpha_next * step.sigma)  # e^-h
     new = fresh.eta * step.sigma_next * jnp.sqrt((1 - decay) * (1 + decay))
@@ -99,7 +99,7 @@ def ddim(denoise: Denoise, schedule: Schedule, noisy: Images, timesteps: Times, 
 
 
 def heun(denoise: Denoise, schedule: Schedule, noisy: Images, timesteps: Times, fresh: FreshNoise) -> Solved:
-    """Heun's rule: try the step, estimate again at its end, take it with the mean of the line between the estimates.
+    """Heun's rule: try the step, estimate again at its end, take it with a weighted mean of the two.
 
     That is Karras et al. 2022, Algorithm 1, on the exponential form above (Cox & Matthews 2002, ETD2RK) instead of a
     straight line in sigma / alpha, which no step from pure noise could follow. A step to t = 0 is not corrected, so n

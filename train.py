@@ -3,8 +3,8 @@
 Without a preset, the one that fits this machine is taken; every field of it can be overridden (`--help` lists them).
 Missing pictures are prepared first. Checkpoints go to `models_vA0/epoch{N}` and `models_vA0/final`, the loss to
 `models_vA0/metrics.jsonl`, sample grids to `validation_images/models_vA0/`. Ctrl-C saves and stops. With `--resume` the
-same command starts a run, goes on with one that was stopped or killed, and ends it with the same weights as if nothing
-had happened.
+same command starts a run, goes on with one that was stopped or killed, and ends it with the weights that it would have
+had without that (bit for bit on a CPU).
 """
 
 import dataclasses
