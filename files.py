@@ -15,6 +15,7 @@ import socket
 import stat
 import sys
 import tempfile
+import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -48,12 +49,12 @@ class _Stream:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, RuntimeError):  # the last where a signal interrupts a line
             self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, RuntimeError):
             self.stream.flush()
 
 
@@ -83,9 +84,10 @@ def dispensable(path: Path) -> Iterator[None]:
     """For what can be done without, a cache or a record: where `path` cannot be written, say so once and go on."""
     try:
         yield
-    except Exception as error:
-        why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-        say_once(f"{path} cannot be written ({why}); going on without it")
+    except OSError as error:
+        say_once(f"{path} cannot be written ({error.strerror or error}); going on without it")
+    except Exception:
+        say_once(f"{traceback.format_exc()}{path} cannot be made; going on without it")
 
 
 @contextmanager
@@ -158,8 +160,8 @@ def writable(folder: Path) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Hold a folder, made if need be, for this process alone; OSError says which one holds it already.
 
-    The system gives a lock back when its process ends, so one that was killed is in nobody's way. Only this host's
-    processes are sure to see its locks, so what another host left stays locked until the file is deleted.
+    The system gives a lock back when its process ends, so one that was killed is in nobody's way. On a disk that knows
+    no locks, the file itself is the lock.
     """
     writable(folder)
     path, host = folder / ".lock", socket.gethostname()
@@ -168,13 +170,13 @@ def locked(folder: Path) -> Iterator[None]:
         before = file.read().split()  # host and process
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            free = (not before or before[0] == host) and os.fstat(file.fileno()).st_nlink > 0  # not just deleted
+            free = os.fstat(file.fileno()).st_nlink > 0  # not just deleted
         except BlockingIOError:
             free = False
         except OSError:  # a disk that knows no locks
             free = not before
         if not free:
-            who = f"process {before[1]} of {before[0]}" if len(before) == 2 else "another process"
+            who = f"process {before[-1]} of {before[0]}" if len(before) == 2 else "another process"
             hint = f"choose another folder, or, if that process has ended, delete {path}"
             raise OSError(f"{folder} is in use by {who}, and two runs in one folder would destroy each other: {hint}")
         if before:

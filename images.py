@@ -6,6 +6,7 @@ A grid is `columns` cells wide. Each cell shows one picture, enlarged or reduced
 in quiet grey on at most two lines below. What is transparent shows the white below.
 """
 
+import errno
 import io
 import threading
 import unicodedata
@@ -67,9 +68,11 @@ def reading(path: Path) -> Iterator[Image.Image]:
     except Image.UnidentifiedImageError:
         known = start.startswith((b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"II*\0", b"MM\0*"))
         what = "a damaged picture: its header is broken" if known else f"not a picture (none of {', '.join(READABLE)})"
-    except MemoryError:
-        what = "there is no room in memory for it"
+    except MemoryError:  # not a fault of the picture, nor is the next one
+        raise OSError(errno.ENOMEM, "there is no room in memory for it", str(path)) from None
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file, but without `strerror`
+        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+            raise
         system, large = getattr(error, "strerror", None), "MAX_TEXT" in str(error)
         why = "a text or colour profile in it is gigantic; save it again without" if large else error
         what = f"cannot be read: {system}" if system else f"a damaged picture: {why}"

@@ -37,7 +37,7 @@ def unknown_words(root: Path, encoder: str) -> list:
 
     try:
         tokenizer = text_encoder.read_tokenizer(text_encoder.locate(encoder))
-    except text_encoder.EncoderError as error:
+    except (text_encoder.EncoderError, OSError) as error:
         print(f"note: the words of the captions were not checked: {error}", file=sys.stderr)
         return []
     rows = [row for row in dataset.read_rows(root) if not row.fault]

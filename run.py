@@ -90,6 +90,8 @@ class Run:
 
     def rescue(self, state: TrainState, update_averages: Callable) -> None:
         """Save before an error ends the run, if that is still possible: what broke a step took its arrays with it."""
+        if not self.log:
+            return
         try:
             averages = update_averages(state.ema, state.weights, state.step)
             path = self.save(state._replace(ema=averages), "stopped", now=True)

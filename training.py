@@ -29,7 +29,7 @@ from kernels import scan
 from model import UNet, network
 from params import Params
 
-VERSION = 4  # of what a step computes from what; a run can only be resumed under the version that it began with
+VERSION = 5  # of what a step computes from what; a run can only be resumed under the version that it began with
 SNR_GAMMA = 5.0  # of min-SNR weighting
 LEVELS = 10  # equal stretches of 1 … T over which the loss is recorded, the image side first
 

@@ -455,7 +455,7 @@ import numpy as np
 from checkpoint import Saver
 from test_checkpoint import ABOUT, items
 noise = {str(i): np.random.default_rng(i).normal(size=20_000) for i in range(100)}
-resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, -1))
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 with Saver() as saver:
     saver.save(Path(sys.argv[1]) / "epoch1", {**items(1), "train": noise}, ABOUT | {"step": 1})
 """

@@ -245,6 +245,12 @@ def test_a_further_caption_is_on_the_side_of_the_first_and_good(three, lenient):
     assert pictures.faults[1].what == "'heldout', but row 3 with the same # is on the other side"
 
 
+def forms_differ(folder):
+    """Whether a name in NFC and the same in NFD are two files; on macOS they are one."""
+    (folder / "e\u0301").touch()
+    return not (folder / "\u00e9").exists()
+
+
 NAMES = {  # as the CSV has it, as the disk has it
     "no-break space": ("a\u00a0b", "a\u00a0b"),
     "narrow space": ("a\u202fb", "a\u202fb"),
@@ -263,6 +269,8 @@ NAMES = {  # as the CSV has it, as the disk has it
 @pytest.mark.parametrize("kind", NAMES)
 def test_a_file_is_found_under_the_name_as_written_or_tidied(tmp_path, kind):
     written, stem = NAMES[kind]
+    if kind in ("composed", "decomposed", "spaces and accents") and not forms_differ(tmp_path):
+        stem = " ".join(written.split())
     root = write(tmp_path, [["#", "name"], [written, "x"]], {stem: png()})
     pictures = load(root, vendor="Google", limit=0, **SMALL)
     assert (pictures.indexes, pictures.faults) == ([stem], [])
@@ -270,7 +278,7 @@ def test_a_file_is_found_under_the_name_as_written_or_tidied(tmp_path, kind):
 
 
 def test_names_that_only_tidying_makes_equal_are_two_pictures(tmp_path):
-    stems = ["1", "1.0", "a b", "a  b", "\u00e9", "e\u0301"]
+    stems = ["1", "1.0", "a b", "a  b", *(["\u00e9", "e\u0301"] if forms_differ(tmp_path) else [])]
     rows = [["#", "name"], *([stem, f"n{i}"] for i, stem in enumerate(stems))]
     root = write(tmp_path, rows, {stem: png((i, 0, 0, 255)) for i, stem in enumerate(stems)})
     pictures = load(root, vendor="Google", limit=0, **SMALL)

@@ -250,6 +250,7 @@ def test_an_error_before_the_first_step_leaves_no_checkpoint(call, tiny, linear,
 
 
 def test_a_terminal_that_is_closed_stops_a_run_as_ctrl_c_does(call):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever started the tests
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         received = train.catch_signals()
         os.kill(os.getpid(), number)
