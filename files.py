@@ -4,6 +4,7 @@ What can be done without, a line of metrics, a picture for people, a cache, or a
 where it cannot be written. A run's folder is locked while a process writes into it.
 """
 
+import ctypes
 import dataclasses
 import errno
 import fcntl
@@ -71,6 +72,12 @@ def secure_streams() -> None:
         if name == "stdout" and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
         setattr(sys, name, _Stream(stream))
+
+
+def trim_memory() -> None:
+    """Give memory that was freed back to the system; where the C library is not glibc, nothing happens."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @functools.cache

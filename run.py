@@ -77,7 +77,9 @@ class Run:
         """The program of a training step for arguments of these shapes."""
         print(f"compiling the training step; the next run reads it from {files.CACHE / 'xla'}", flush=True)
         with self.log.paused() if self.log else nullcontext():
-            return train_step.lower(*arguments).compile()
+            program = train_step.lower(*arguments).compile()
+            files.trim_memory()  # half a gigabyte
+        return program
 
     def save(self, state: TrainState, name: str, *, now: bool = False) -> Path:
         """Write a checkpoint: in the background, or before this returns."""
@@ -177,6 +179,7 @@ def start(
         print(f"resumed from {newest}, step {step}, with its configuration instead of a preset's")
     parallel.check_equal(**{part: about[part] for part in ("config", "encoder", "dataset")}, step=step)
 
+    files.trim_memory()
     concepts, log = len(set(shown.indexes)), None
     if parallel.is_main():
         trackers = tracking.trackers(track, output, step=step, config=config.to_json())

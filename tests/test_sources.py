@@ -293,7 +293,7 @@ def test_the_command_prepares_then_checks(few, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(files, "CACHE", tmp_path / "cache")
     root = tmp_path / "set"
     assert prepare_dataset.main(options(data=root)) == 0
-    expected = [f"{root}: no faults; pictures: 5 Google", "Next: python train.py quick"]
+    expected = [f"{root}: no faults; pictures: 5 Google", f"Next: python train.py quick --data {root}"]
     assert capsys.readouterr().out.splitlines()[-2:] == expected
     assert prepare_dataset.main(options(data=root, check=True)) == 0
     found = capsys.readouterr()

@@ -155,7 +155,7 @@ def test_a_grid_that_cannot_be_drawn_is_said_once_and_the_run_goes_on(call, tiny
 
     monkeypatch.setattr(run, "save_png", fails)
     said = call(train, *flags(dataclasses.replace(tiny, epochs=3)))
-    assert said.count("validation_images/models_vA0 cannot be written (") == 1
+    assert said.count("validation_images/models_vA0 cannot be ") == said.count("; going on without it") == 1
     assert str(error.args[-1]) in said
     assert "models_vA0/final written. Next: python test.py" in said
     assert checkpoint.about(Path("models_vA0/final"))["step"] == 8
