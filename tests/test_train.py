@@ -151,7 +151,7 @@ def test_from_nothing_to_pictures_and_on(call, tiny):
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("text of a million letters")])
 def test_a_grid_that_cannot_be_drawn_is_said_once_and_the_run_goes_on(call, tiny, linear, monkeypatch, error):
     def fails(*_):
-        raise error
+        raise type(error)(*error.args)  # a new one each time
 
     monkeypatch.setattr(run, "save_png", fails)
     said = call(train, *flags(dataclasses.replace(tiny, epochs=3)))
