@@ -91,6 +91,11 @@ def _exit_at_once() -> None:
         os._exit(1)
 
 
+def lost_another(error: Exception) -> bool:
+    """Whether an error of JAX says that another process has ended."""
+    return jax.process_count() > 1 and bool(re.search("gloo|nccl|coordination|heartbeat", str(error), re.IGNORECASE))
+
+
 def leave() -> None:
     """End together, once every process has come here."""
     if jax.distributed.is_initialized():

@@ -310,6 +310,10 @@ def main() -> None:
         parallel.leave()
     except refused as error:
         sys.exit(f"train.py: {error}")
+    except RuntimeError as error:
+        if not parallel.lost_another(error):
+            raise
+        sys.exit("train.py: another process has ended, so this one does too; start all again with --resume")
     except KeyboardInterrupt:
         sys.exit("interrupted before training began; the same command starts again and keeps what is prepared")
     sys.exit(ended if parallel.is_main() else bool(ended))

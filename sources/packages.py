@@ -6,6 +6,7 @@ registry's own client, held to a pinned SHA-256, and unpacked into `.cache/packa
 """
 
 import importlib.util
+import os
 import subprocess
 import sys
 import tarfile
@@ -61,7 +62,7 @@ def fetch(package: Package) -> Path:
 
 
 def _from_npm(package: Package, scratch: Path) -> Path:
-    _run(package, ["npm", "pack", "--silent", f"{package.name}@{package.version}"], scratch)
+    _run(package, ["npm", "pack", "--silent", "--pack-destination", ".", f"{package.name}@{package.version}"], scratch)
     (tarball,) = scratch.glob("*.tgz")
     found = files.sha256(tarball)
     if found != package.sha256:
@@ -82,7 +83,8 @@ def _from_pypi(package: Package, scratch: Path) -> Path:
 
 def _run(package: Package, command: list[str], folder: Path) -> None:
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        variables = os.environ | {"PIP_USER": "0"}  # which contradicts --target
+        done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
     except FileNotFoundError:
         hint = " (install Node.js)" if package.registry == "npm" else ""
         raise PackageError(f"{package} needs {command[0]}, which this machine does not have{hint}") from None

@@ -155,6 +155,17 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(four, tmp_path):
     assert codes == [1, 1]
 
 
+def test_an_error_of_jax_is_told_from_the_end_of_another_process(monkeypatch):
+    ended, full = (
+        RuntimeError("UNKNOWN: Gloo AllGather failed: Connection reset by peer"),
+        RuntimeError("out of memory"),
+    )
+    assert not parallel.lost_another(ended)
+    monkeypatch.setattr(parallel.jax, "process_count", lambda: 2)
+    assert parallel.lost_another(ended)
+    assert not parallel.lost_another(full)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dies", [0, 1])
 def test_no_process_waits_for_a_dead_one(four, tmp_path, dies):
@@ -162,8 +173,10 @@ def test_no_process_waits_for_a_dead_one(four, tmp_path, dies):
     under_way(tmp_path, running)
     running[dies].kill()
     began = time.monotonic()
-    _, _, codes = said(running)
+    _, err, codes = said(running)
     assert codes[1 - dies] != 0
+    assert "another process has ended" in err[1 - dies]
+    assert "Traceback" not in err[1 - dies]
     assert time.monotonic() - began < 60
 
 

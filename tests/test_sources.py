@@ -15,6 +15,7 @@ import images
 import prepare_dataset
 from dataset import DatasetError
 from sources import emojis as sources
+from sources import packages
 from sources.emojis import EMOJI, Source, concept, is_heldout, name_of, prepare
 from sources.packages import PackageError
 
@@ -356,6 +357,25 @@ def test_help_comes_before_the_heavy_imports():
     root = Path(prepare_dataset.__file__).parent
     done = subprocess.run([sys.executable, "-c", heavy], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+def test_the_clients_own_settings_do_not_lead_a_package_elsewhere(tmp_path, monkeypatch):
+    """PIP_USER=1 contradicts --target, and npm's pack-destination would put the tarball into another folder."""
+    called = []
+
+    def run(command, **options):
+        called.append((command, options["env"]["PIP_USER"]))
+        return subprocess.CompletedProcess(command, 1, "", "enough")
+
+    monkeypatch.setattr(files, "CACHE", tmp_path)
+    monkeypatch.setenv("PIP_USER", "1")
+    monkeypatch.setattr(packages.subprocess, "run", run)
+    for package in (packages.npm("a", "1", ""), packages.pypi("b", "2", "0" * 64)):
+        with pytest.raises(PackageError, match="could not be fetched: enough"):
+            packages.fetch(package)
+    (npm, user), (_, of_pip) = called
+    assert npm[npm.index("--pack-destination") + 1] == "."
+    assert user == of_pip == "0"
 
 
 # The real packages.
