@@ -175,8 +175,9 @@ def test_no_process_waits_for_a_dead_one(four, tmp_path, dies):
     began = time.monotonic()
     _, err, codes = said(running)
     assert codes[1 - dies] != 0
-    assert "another process has ended" in err[1 - dies]
-    assert "Traceback" not in err[1 - dies]
+    if dies == 1:  # without process 0 JAX ends the others itself
+        assert "another process has ended" in err[0]
+        assert "Traceback" not in err[0]
     assert time.monotonic() - began < 60
 
 
