@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,6 +21,12 @@ import jax
 import numpy as np
 from jaxtyping import Bool, UInt8
 from PIL import Image
+
+HERE = Path(__file__).resolve().parent
+for ours in ("checkpoint", "dataset", "files", "guidance", "images", "model", "parallel", "params", "schedule"):
+    theirs = getattr(find_spec(ours), "origin", None)  # a program's own file, if it comes first
+    if Path(theirs or "").resolve().parent != HERE:
+        raise ImportError(f"{theirs} was taken for {HERE / ours}.py: rename it, or put {HERE} first on sys.path")
 
 import checkpoint as checkpoints
 import dataset

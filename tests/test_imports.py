@@ -1,6 +1,9 @@
 """The direction of imports: each module sees only the floors below its own, and scripts never see each other."""
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,3 +59,12 @@ def test_imports_point_downwards(path):
         assert {place(name) for name in found} <= {"schedule", ""}
     if own == "model":
         assert "schedule" not in found
+
+
+@pytest.mark.parametrize("name", ["model", "dataset"])
+def test_a_file_of_the_users_own_that_is_taken_for_one_of_ours_is_named(tmp_path, name):
+    (tmp_path / f"{name}.py").write_text("mine = 1\n")
+    (tmp_path / "draw.py").write_text("from pipeline import DiffusionPipeline\n")
+    command = [sys.executable, str(tmp_path / "draw.py")]
+    said = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True).stderr
+    assert f"ImportError: {tmp_path / name}.py was taken for {ROOT / name}.py: rename it" in said
