@@ -78,7 +78,7 @@ class Run:
         print(f"compiling the training step; the next run reads it from {files.CACHE / 'xla'}", flush=True)
         with self.log.paused() if self.log else nullcontext():
             program = train_step.lower(*arguments).compile()
-            files.trim_memory()  # half a gigabyte
+            files.trim_memory()  # a quarter of a gigabyte, of `quick`
         return program
 
     def save(self, state: TrainState, name: str, *, now: bool = False) -> Path:
