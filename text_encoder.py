@@ -69,6 +69,77 @@ class EncoderError(ValueError):
     """No usable text encoder under this name; the message says why and what to do."""
 
 
+class TextEncoder:
+    """A frozen BERT and its tokenizer: `text_emb, text_mask = TextEncoder(name)(texts, length)`."""
+
+    def __init__(self, name: str = DEFAULT):
+        self.name = name
+        self.folder = locate(name)
+        for file in ("config.json", "model.safetensors"):
+            if not (self.folder / file).is_file():
+                raise EncoderError(f"text encoder {name!r}: {self.folder} has no {file}.{WAYS}")
+        config = read_config(self.folder / "config.json")
+        self._tokenizer = read_tokenizer(self.folder)
+        self._weights = read_weights(self.folder / "model.safetensors", config)
+        self._encode = functools.partial(bert, heads=config["num_attention_heads"], eps=config["layer_norm_eps"])
+        words, positions, _ = (self._weights["embeddings"][name] for name in EMBEDDING)
+        self.max_length, self.dim = positions.shape
+        self._named = set()  # unknown words that a warning was about
+        last = max([*self._tokenizer.get_vocab().values(), *self._tokenizer.encode("").ids])
+        if last >= len(words):  # JAX would clamp the index and say nothing
+            many = f"{last + 1} tokens but {len(words)} embeddings"
+            raise EncoderError(f"{self.folder}: tokenizer and model do not belong together, {many}")
+
+    @functools.cached_property
+    def identity(self) -> dict[str, str]:
+        """What a checkpoint records, to notice at sampling that it was trained with other weights or words."""
+        hashes = "".join(sha256(file) for file in (self.folder / name for name in FILES[:4]) if file.is_file())
+        return {"name": self.name, "sha256": hashlib.sha256(hashes.encode()).hexdigest()}
+
+    def spelled(self, texts: list[str]) -> list[str]:
+        """The texts as they are tokenized, with emoji by name; ValueError for what is no text."""
+        return [text if text.isascii() else spelled(text, self._tokenizer) for text in map(checked, texts)]
+
+    def name_unknown(self, texts: list[str]) -> None:
+        """Warn of texts, emoji already spelled, with words that the vocabulary lacks; once for each word."""
+        found = zip(texts, unknown_words(texts, self._tokenizer), strict=True)
+        found = [(text, words) for text, words in found if not self._named.issuperset(words)]
+        if found:
+            self._named.update(word for _, words in found for word in words)
+            (text, words), more = found[0], f", and {len(found) - 1} more texts have such words" * (len(found) > 1)
+            what = (
+                f"{text!r:.80} has {', '.join(map(repr, words)):.80}{more}; all such words are one and the same to it"
+            )
+            warnings.warn(f"the text encoder does not know every word: {what}, so say it in others", stacklevel=2)
+
+    def tokenize(self, texts: list[str], length: int) -> tuple[Int32[np.ndarray, "b l"], Bool[np.ndarray, "b l"]]:
+        """Word pieces and mask; a text of more than `length` tokens loses its end but keeps [SEP], with a warning."""
+        if not 2 <= length <= self.max_length:
+            raise ValueError(f"length is {length}; this encoder takes 2 ([CLS] and [SEP]) to {self.max_length} tokens")
+        pieces = [encoding.ids for encoding in self._tokenizer.encode_batch(self.spelled(texts))]
+        tokens = np.zeros((len(texts), length), np.int32)
+        mask = np.zeros((len(texts), length), bool)
+        for row, ids in enumerate(pieces):
+            kept = ids if len(ids) <= length else [*ids[: length - 1], ids[-1]]
+            tokens[row, : len(kept)], mask[row, : len(kept)] = kept, True
+        cut = [f"{text!r:.80} has {len(ids)}" for text, ids in zip(texts, pieces, strict=True) if len(ids) > length]
+        if cut:
+            more = f", and {len(cut) - 1} more like it" * (len(cut) > 1)
+            warnings.warn(f"prompt cut to {length} tokens, [CLS] and [SEP] included: {cut[0]}{more}", stacklevel=2)
+        return tokens, mask
+
+    def __call__(self, texts: list[str], length: int) -> tuple[Float[np.ndarray, "b l d"], Bool[np.ndarray, "b l"]]:
+        """Embeddings, exactly zero behind the last token, and mask; compiled once per `length`."""
+        texts = self.spelled(texts)
+        self.name_unknown(texts)
+        tokens, mask = self.tokenize(texts + [""] * (-len(texts) % CHUNK), length)
+        text_emb = np.empty((len(tokens), length, self.dim), np.float32)
+        for start in range(0, len(tokens), CHUNK):  # always the same shape, so always the same arithmetic
+            rows = slice(start, start + CHUNK)
+            text_emb[rows] = jax.device_get(self._encode(self._weights, *jax.device_put((tokens[rows], mask[rows]))))
+        return text_emb[: len(texts)], mask[: len(texts)]
+
+
 def resolved(name: str) -> str:
     """The name of an encoder, a folder's by its whole path, so that it is found from anywhere."""
     folder = from_home(name)
@@ -240,74 +311,3 @@ def bert(
     x = words[tokens] + positions[None, : tokens.shape[1]] + segments[None, :1]  # every token is of the first segment
     x, _ = jax.lax.scan(layer, layer_norm(x, weights["embeddings"], "", eps), weights["layers"])
     return jnp.where(mask[..., None], x, 0)
-
-
-class TextEncoder:
-    """A frozen BERT and its tokenizer: `text_emb, text_mask = TextEncoder(name)(texts, length)`."""
-
-    def __init__(self, name: str = DEFAULT):
-        self.name = name
-        self.folder = locate(name)
-        for file in ("config.json", "model.safetensors"):
-            if not (self.folder / file).is_file():
-                raise EncoderError(f"text encoder {name!r}: {self.folder} has no {file}.{WAYS}")
-        config = read_config(self.folder / "config.json")
-        self._tokenizer = read_tokenizer(self.folder)
-        self._weights = read_weights(self.folder / "model.safetensors", config)
-        self._encode = functools.partial(bert, heads=config["num_attention_heads"], eps=config["layer_norm_eps"])
-        words, positions, _ = (self._weights["embeddings"][name] for name in EMBEDDING)
-        self.max_length, self.dim = positions.shape
-        self._named = set()  # unknown words that a warning was about
-        last = max([*self._tokenizer.get_vocab().values(), *self._tokenizer.encode("").ids])
-        if last >= len(words):  # JAX would clamp the index and say nothing
-            many = f"{last + 1} tokens but {len(words)} embeddings"
-            raise EncoderError(f"{self.folder}: tokenizer and model do not belong together, {many}")
-
-    @functools.cached_property
-    def identity(self) -> dict[str, str]:
-        """What a checkpoint records, to notice at sampling that it was trained with other weights or words."""
-        hashes = "".join(sha256(file) for file in (self.folder / name for name in FILES[:4]) if file.is_file())
-        return {"name": self.name, "sha256": hashlib.sha256(hashes.encode()).hexdigest()}
-
-    def spelled(self, texts: list[str]) -> list[str]:
-        """The texts as they are tokenized, with emoji by name; ValueError for what is no text."""
-        return [text if text.isascii() else spelled(text, self._tokenizer) for text in map(checked, texts)]
-
-    def name_unknown(self, texts: list[str]) -> None:
-        """Warn of texts, emoji already spelled, with words that the vocabulary lacks; once for each word."""
-        found = zip(texts, unknown_words(texts, self._tokenizer), strict=True)
-        found = [(text, words) for text, words in found if not self._named.issuperset(words)]
-        if found:
-            self._named.update(word for _, words in found for word in words)
-            (text, words), more = found[0], f", and {len(found) - 1} more texts have such words" * (len(found) > 1)
-            what = (
-                f"{text!r:.80} has {', '.join(map(repr, words)):.80}{more}; all such words are one and the same to it"
-            )
-            warnings.warn(f"the text encoder does not know every word: {what}, so say it in others", stacklevel=2)
-
-    def tokenize(self, texts: list[str], length: int) -> tuple[Int32[np.ndarray, "b l"], Bool[np.ndarray, "b l"]]:
-        """Word pieces and mask; a text of more than `length` tokens loses its end but keeps [SEP], with a warning."""
-        if not 2 <= length <= self.max_length:
-            raise ValueError(f"length is {length}; this encoder takes 2 ([CLS] and [SEP]) to {self.max_length} tokens")
-        pieces = [encoding.ids for encoding in self._tokenizer.encode_batch(self.spelled(texts))]
-        tokens = np.zeros((len(texts), length), np.int32)
-        mask = np.zeros((len(texts), length), bool)
-        for row, ids in enumerate(pieces):
-            kept = ids if len(ids) <= length else [*ids[: length - 1], ids[-1]]
-            tokens[row, : len(kept)], mask[row, : len(kept)] = kept, True
-        cut = [f"{text!r:.80} has {len(ids)}" for text, ids in zip(texts, pieces, strict=True) if len(ids) > length]
-        if cut:
-            more = f", and {len(cut) - 1} more like it" * (len(cut) > 1)
-            warnings.warn(f"prompt cut to {length} tokens, [CLS] and [SEP] included: {cut[0]}{more}", stacklevel=2)
-        return tokens, mask
-
-    def __call__(self, texts: list[str], length: int) -> tuple[Float[np.ndarray, "b l d"], Bool[np.ndarray, "b l"]]:
-        """Embeddings, exactly zero behind the last token, and mask; compiled once per `length`."""
-        texts = self.spelled(texts)
-        self.name_unknown(texts)
-        tokens, mask = self.tokenize(texts + [""] * (-len(texts) % CHUNK), length)
-        text_emb = np.empty((len(tokens), length, self.dim), np.float32)
-        for start in range(0, len(tokens), CHUNK):  # always the same shape, so always the same arithmetic
-            rows = slice(start, start + CHUNK)
-            text_emb[rows] = jax.device_get(self._encode(self._weights, *jax.device_put((tokens[rows], mask[rows]))))
-        return text_emb[: len(texts)], mask[: len(texts)]
