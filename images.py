@@ -46,14 +46,14 @@ _one_at_a_time = threading.Lock()
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[Image.Image]:
+def reading(path: Path, kinds: Sequence[str] = READABLE) -> Iterator[Image.Image]:
     """The picture in a file, of which only the header is read so far; raises PictureError, also within the block."""
     start = b""
     try:
         with open_regular(path, 8 * LARGEST) as file:
             if not (start := file.read(4)):
                 raise PictureError("the file is empty")
-            image = Image.open(file, formats=READABLE)
+            image = Image.open(file, formats=kinds)
             by = next((by for by in (1, 2, 4) if image.width * image.height <= WHOLE * by**2), 8)
             image.draft(None, (image.width // by, image.height // by))  # nothing happens but to a JPEG
             if (pixels := image.width * image.height) > LARGEST:
@@ -67,7 +67,7 @@ def reading(path: Path) -> Iterator[Image.Image]:
         what = MISSING
     except Image.UnidentifiedImageError:
         known = start.startswith((b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"II*\0", b"MM\0*"))
-        what = "a damaged picture: its header is broken" if known else f"not a picture (none of {', '.join(READABLE)})"
+        what = "a damaged picture: its header is broken" if known else f"not a picture (none of {', '.join(kinds)})"
     except MemoryError:  # not a fault of the picture, nor is the next one
         raise OSError(errno.ENOMEM, "there is no room in memory for it", str(path)) from None
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file, but without `strerror`

@@ -1,8 +1,10 @@
-"""Fill a folder with emoji pictures and their captions, or check any folder in that layout.
+"""Fill a folder with emoji, icons or your own pictures and their captions, or check any folder in that layout.
 
-    python prepare_dataset.py                      Google's pictures, or what else this machine can get
-    python prepare_dataset.py --vendor OpenMoji    another vendor's beside them, sharing the captions
-    python prepare_dataset.py --check --data mine  every faulty row and picture of a dataset; changes nothing
+    python prepare_dataset.py                                Google's emoji, or what else this machine can get
+    python prepare_dataset.py --vendor OpenMoji              another vendor's beside them, sharing the captions
+    python prepare_dataset.py --from photos --data mine      pictures with metadata.csv, or with a .txt beside each
+    python prepare_dataset.py --iconify tabler --data icons  a set of icons from npm
+    python prepare_dataset.py --check --data mine            every faulty row and picture; changes nothing
 
 The layout is full_emoji.csv with the columns `#` and `name`, and image/<vendor>/<#>.png: the Kaggle dataset
 subinium/emojiimage-dataset has it, and so can your own pictures.
@@ -12,7 +14,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -26,8 +28,24 @@ from params import PRESETS
 class Options:
     vendor: Literal["any", "Google", "Twitter", "OpenMoji"] = "any"  # whose pictures; any: the first to be had
     data: Path = Path("emojiimage-dataset")  # the folder to fill or to check
+    from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None  # a folder of captioned pictures, made a dataset
+    caption_column: str = "text"  # with --from: which column of the metadata has the captions
+    iconify: str = ""  # the name of an icon set that npm carries as @iconify-json/<name>, made a dataset
     check: tyro.conf.FlagCreatePairsOff[bool] = False  # only list what is faulty in an existing dataset
     encoder: str = PRESETS["quick"].encoder  # with --check: the text encoder that should know the captions' words
+
+
+def contradiction(options: Options) -> str:
+    """What the options leave open or say twice, or ""."""
+    sources = {"--from": options.from_, "--iconify": options.iconify, "--check": options.check}
+    given = [name for name, value in {**sources, "--vendor": options.vendor != "any"}.items() if value]
+    if len(given) > 1:
+        return f"{' and '.join(given)} exclude each other"
+    if options.caption_column != Options.caption_column and not options.from_:
+        return "--caption_column needs --from"
+    if (options.from_ or options.iconify) and options.data == Options.data:
+        return f"{given[0]} needs --data with the folder to make; {options.data} is that of the emoji"
+    return ""
 
 
 def unknown_words(root: Path, encoder: str) -> list:
@@ -55,19 +73,25 @@ def main(options: Options) -> int:
     """Prepare, unless only asked to check, then check; returns the exit status: 0 if all is well."""
     import dataset  # tyro answers --help before any of the heavy imports
     from files import printable
-    from sources import emojis
+    from sources import emojis, folders, iconify
     from sources.packages import PackageError
 
-    root = files.from_home(options.data)
+    root, vendor = files.from_home(options.data), ""
     try:
-        if not options.check:
+        if wrong := contradiction(options):
+            raise dataset.DatasetError(wrong)
+        if options.from_:
+            vendor = folders.prepare(root, files.from_home(options.from_), options.caption_column)
+        elif options.iconify:
+            vendor = iconify.prepare(root, options.iconify)
+        elif not options.check:
             emojis.prepare(root, "" if options.vendor == "any" else options.vendor)
-        faults = dataset.check(root)
+        faults = [] if options.from_ else dataset.check(root)  # which would read each of the pictures once more
         faults += unknown_words(root, options.encoder) if options.check else []
         for where, what in faults:
             print(printable(f"{where}: {what}"))
-        folders = {vendor: root / "image" / vendor for vendor in dataset.vendors(root)}
-        counts = [f"{len([*folder.glob('[!.]*.png')])} {vendor}" for vendor, folder in folders.items()]
+        pictures = {vendor: root / "image" / vendor for vendor in dataset.vendors(root)}
+        counts = [f"{len([*folder.glob('[!.]*.png')])} {vendor}" for vendor, folder in pictures.items()]
         further = sum(len(row.others) for row in dataset.read_rows(root))
         verdict = f"{len(faults)} faulty rows and pictures" if faults else "no faults"
         verdict += f"; {further} further captions of rows with the same #" if further else ""
@@ -75,12 +99,13 @@ def main(options: Options) -> int:
         if options.check:
             return 1 if faults else 0
         elsewhere = "" if root == Options.data else f" --data {shlex.quote(str(root))}"
-        print(f"Next: python train.py quick{elsewhere}")
+        run = f" --vendor {vendor} --output models_{vendor}" if vendor else ""
+        print(f"Next: python train.py {'cpu' if vendor else 'quick'}{elsewhere}{run}")
         return 0
     except (dataset.DatasetError, PackageError, OSError) as error:
         print(f"prepare_dataset.py: {error}", file=sys.stderr)
     except KeyboardInterrupt:
-        print("\nInterrupted. Run the same command again: it goes on where it stopped.", file=sys.stderr)
+        print("\nInterrupted; nothing is half written. Run the same command again.", file=sys.stderr)
     return 1
 
 

