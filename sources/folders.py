@@ -8,6 +8,8 @@ Both may lie in any folder below, and both may occur: a text counts where no met
 such as AVIF, is converted.
 """
 
+import csv
+import io
 import os
 import shutil
 import warnings
@@ -74,14 +76,17 @@ def _captions(folder: Path, names: list[str], column: str, left_out: LeftOut) ->
     """The captions of every picture as they are written: in metadata, or else in a text beside it."""
     captions = {name: [] for name in names if Path(name).suffix.lower() in ENDINGS}
     for table in (name for name in names if Path(name).name in METADATA):
-        for written, texts in _rows(folder / table, column):
-            path = PurePosixPath(table).parent / written
-            if path.is_absolute() or ".." in path.parts:
-                left_out["outside of the folder"].append(f"{written} in {table}")
+        for row in _rows(folder / table, column):
+            where = f"{row.get('file_name')} in {table}"
+            path = PurePosixPath(table).parent / str(row.get("file_name"))
+            if None in row:
+                left_out["a row with a comma too many, for want of quotation marks"].append(where)
+            elif path.is_absolute() or ".." in path.parts:
+                left_out["a file outside of the folder"].append(where)
             elif str(path) in captions or os.path.isfile(folder / path):
-                captions.setdefault(str(path), []).extend(texts)
+                captions.setdefault(str(path), []).extend(_texts(row.get(column)))
             else:
-                left_out["no such file"].append(f"{written} in {table}")
+                left_out["no such file"].append(where)
     present = set(names)
     for name, texts in captions.items():
         if not texts and (beside := str(Path(name).with_suffix(".txt"))) in present:
@@ -95,29 +100,37 @@ def _captions(folder: Path, names: list[str], column: str, left_out: LeftOut) ->
     return captions
 
 
-def _rows(table: Path, column: str) -> list[tuple[str, list[str]]]:
-    """The name of a picture and its captions in each row of a metadata file; raises DatasetError."""
+def _rows(table: Path, column: str) -> list[dict[str | None, Any]]:
+    """The rows of a metadata file, those of a CSV with further fields under None; raises DatasetError."""
     try:
         with open_regular(table, LARGEST_TABLE) as stream:
-            if table.suffix == ".jsonl":
-                rows = [parsed(line) for line in stream if line.strip()]
-            elif table.suffix == ".csv":
-                read = pd.read_csv(stream, dtype=str, na_filter=False, encoding="utf-8-sig")
-                rows = read.to_dict("records")
-            else:
+            if table.suffix == ".parquet":
                 rows = pd.read_parquet(stream).to_dict("records")
+            elif table.suffix == ".csv":
+                text = io.TextIOWrapper(stream, "utf-8-sig", newline="")
+                rows = [*csv.DictReader(text, skipinitialspace=True)]
+            else:
+                rows = [_object(line, number) for number, line in enumerate(stream, 1) if line.strip()]
     except ImportError:
-        raise DatasetError(f"to read {table}, Python needs the package pyarrow: pip install pyarrow") from None
-    except ValueError as error:
+        raise DatasetError(f"to read {table}, Python needs another package: pip install pyarrow") from None
+    except (ValueError, csv.Error) as error:
         raise DatasetError(f"{table} cannot be read: {error}") from None
-    if not all(isinstance(row, dict) for row in rows):
-        raise DatasetError(f"{table}: each line must be an object such as {{'file_name': 'cat.png', 'text': 'a cat'}}")
-    columns = dict.fromkeys(str(name) for row in rows for name in row)
+    columns = dict.fromkeys(name for row in rows for name in row if name)
     for needed in ("file_name", column) if rows else ():
         if needed not in columns:
             hint = "" if needed == "file_name" else "; name that of the captions with --caption_column"
             raise DatasetError(f"{table} has no column {needed}, it has {', '.join([*columns][:12])}{hint}")
-    return [(str(row.get("file_name", "")), _texts(row.get(column))) for row in rows]
+    return rows
+
+
+def _object(line: bytes, number: int) -> dict[str, Any]:
+    """What a line of JSON says; ValueError if that is no object."""
+    try:
+        if isinstance(found := parsed(line), dict):
+            return found
+    except ValueError:
+        pass
+    raise ValueError(f'its line {number} is no object such as {{"file_name": "cat.png", "text": "a cat"}}')
 
 
 def _texts(value: Any) -> list[str]:
@@ -173,14 +186,14 @@ def _put(source: Path, target: Path) -> tuple[str, str]:
     """Put the picture of `source` where the trainer reads it; its SHA-256 and "", or "" and what is wrong with it."""
     try:
         with reading(source, KINDS) as image:
-            rgba = as_rgba(image)
-            if image.format in LINKED:
-                _link(source.resolve(), target)
-            else:
-                save_png(rgba, target)
-        return sha256(source), ""
+            linked, rgba = image.format in LINKED, as_rgba(image)
     except PictureError as error:
         return "", error.what
+    if linked:
+        _link(source.resolve(), target)
+    else:
+        save_png(rgba, target)
+    return sha256(source), ""
 
 
 def _link(source: Path, target: Path) -> None:
