@@ -37,7 +37,7 @@ LARGEST_TABLE, LARGEST_TEXT = 2**30, 2**20  # bytes
 CONVERTED = ("AVIF", "ICO", "JPEG2000", "PCX", "PPM", "PSD", "QOI", "SGI", "TGA")  # EPS would start another program
 LINKED = (*READABLE, "MPO")  # MPO: a JPEG with a second picture behind the first
 ENDINGS = {end for end, kind in Image.registered_extensions().items() if kind in READABLE + CONVERTED}
-KINDS = READABLE + tuple(kind for kind in CONVERTED if kind in Image.OPEN)  # not every Pillow has all of them
+KINDS = READABLE + tuple(kind for kind in CONVERTED if kind in Image.OPEN)  # a Pillow may lack some
 
 LeftOut = defaultdict[str, list[str]]  # reason -> names
 Captions = dict[str, list[str]]  # a picture's path below the folder -> its captions
@@ -48,8 +48,10 @@ def prepare(root: Path, folder: Path, column: str) -> str:
     root, folder = root.resolve(), folder.resolve()
     if not folder.is_dir():
         raise DatasetError(f"there is no folder {folder}")
-    if root == folder or (folder / CSV).exists():
-        raise DatasetError(f"{folder} is to be read: name another one in --data; if it has a {CSV}, just train on it")
+    if root == folder:
+        raise DatasetError(f"{folder} is only read; name another folder in --data")
+    if (folder / CSV).exists():
+        raise DatasetError(f"{folder} has a {CSV}, so it is a dataset already: train with --data {folder}")
     left_out = defaultdict(list)
     with making(root, VENDOR, [f"Pictures and captions of {printable(str(folder))}"]) as (place, rows):
         captions = _tidy(_captions(folder, _names(folder, root, left_out), column, left_out), left_out)

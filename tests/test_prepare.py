@@ -260,6 +260,14 @@ def test_a_dataset_may_be_made_within_the_folder_of_its_pictures(mine):
         assert captions(folder / "set") == SQUARES
 
 
+def test_a_dataset_is_not_made_of_a_dataset(mine, capsys):
+    folder, root = mine
+    prepared("--from", folder, "--data", root)
+    assert prepared("--from", root, "--data", root.parent / "other") == 1
+    assert f"so it is a dataset already: train with --data {root}" in capsys.readouterr().err
+    assert not (root.parent / "other").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -360,7 +368,7 @@ def test_parquet_is_a_table_like_the_others(mine, monkeypatch):
         ("--from a", "--from needs --data with the folder to make; emojiimage-dataset is that of the emoji"),
         ("--iconify a", "--iconify needs --data"),
         ("--from gone --data mine", "there is no folder "),
-        ("--from . --data .", "is to be read: name another one in --data"),
+        ("--from . --data .", "is only read; name another folder in --data"),
     ],
 )
 def test_options_that_contradict_each_other_are_named(tmp_path, monkeypatch, words, said, capsys):
