@@ -26,25 +26,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from files import flush, parsed, sha256
+from portable import ABOUT, CheckpointError, checked
 
 ITEMS = ("ema_short", "ema_long", "train", "about")
-ABOUT = {  # what about must say, and when that is right
-    "config": lambda it: isinstance(it, dict),
-    "encoder": lambda it: isinstance(it["sha256"], str),
-    "schedule": lambda it: isinstance(it, dict),
-    "dataset": lambda it: isinstance(it["fingerprint"], str),
-    "prompts": lambda it: isinstance(it, list) and it and all(isinstance(prompt, str) for prompt in it),
-    "step": lambda it: isinstance(it, int) and 0 <= it < 2**31,
-    "seconds": lambda it: 0 <= it < 1e12,
-}
 NAMES = r"epoch\d+|final|stopped"  # of the checkpoints of a run
 UNFINISHED, REPLACED = ".unfinished", ".replaced"
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs every error that it raises, some of them twice
-
-
-class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged, of other shapes or cannot be written; the message says which and what to do."""
 
 
 class Saver(AbstractContextManager):
@@ -185,15 +173,7 @@ def _delete_before(path: Path, keep: int) -> None:
 
 def about(path: Path) -> dict:
     """The JSON part of a checkpoint; CheckpointError names a field of it that is missing or wrong."""
-    found = _read(path, {"about": ocp.args.JsonRestore()})["about"]
-    for field, right in ABOUT.items():
-        try:
-            whole = right(found[field])
-        except (KeyError, TypeError):
-            whole = False
-        if not whole:
-            raise CheckpointError(f"{path}: about does not say {field} as it should; take another one")
-    return found
+    return checked(_read(path, {"about": ocp.args.JsonRestore()})["about"], path, ABOUT)
 
 
 def restore(path: Path, like: dict[str, dict]) -> dict[str, dict]:

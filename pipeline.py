@@ -23,20 +23,22 @@ from jaxtyping import Bool, UInt8
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent
-for ours in ("checkpoint", "dataset", "files", "guidance", "images", "model", "parallel", "params", "schedule"):
+OURS = ["checkpoint", "dataset", "files", "guidance", "images", "model", "parallel", "params", "portable", "schedule"]
+for ours in OURS:
     theirs = getattr(find_spec(ours), "origin", None)  # a program's own file, if it comes first
     if Path(theirs or "").resolve().parent != HERE:
         raise ImportError(f"{theirs} was taken for {HERE / ours}.py: rename it, or put {HERE} first on sys.path")
 
-import checkpoint as checkpoints
 import dataset
 import parallel
+import portable
 import schedule as schedules
 from files import from_home, writable
 from guidance import steps_within
 from images import as_picture, as_rgba, load_picture, save_png
 from model import abstract
 from params import Params, Sampling
+from portable import CheckpointError
 from samplers import SOLVERS, timesteps
 from sampling import Controls, Request, build_sampler
 from text_encoder import TextEncoder, checked
@@ -67,17 +69,20 @@ class DiffusionPipeline:
 
     def __init__(
         self, checkpoint: str | Path = "models_vA0/final", encoder: str | None = None, *,
-        ema: Literal["short", "long"] = "short", guide: str | Path | None = None,
+        ema: Literal["short", "long"] | None = None, guide: str | Path | None = None,
     ):  # fmt: skip
-        """encoder: where the text encoder is, if no longer under the name that the checkpoint was trained with.
-        ema: which of the two averages of the weights samples.
+        """checkpoint: a folder that train.py or export.py wrote, or an exported one on the Hugging Face hub,
+        "user/name" or "user/name@revision".
+        encoder: where the text encoder is, if no longer under the name that the checkpoint was trained with.
+        ema: which of the two averages of the weights samples; if nothing is said, the short one, or the one that an
+        exported folder holds.
         guide: an earlier or smaller checkpoint to steer away from, instead of the empty caption (autoguidance).
         """
-        if ema not in ("short", "long"):
+        if ema not in (None, "short", "long"):
             raise ValueError(f"ema = {ema!r}: allowed are 'short' and 'long'")
         parallel.setup()
-        own = _load(from_home(checkpoint), encoder, ema)
-        other = None if guide is None else _load(from_home(guide), own.encoder, ema)
+        own = _load(checkpoint, encoder, ema)
+        other = None if guide is None else _load(guide, own.encoder, ema)
         for field in ("H", "W", "CHANNELS", "T", "TEXT_LEN", "zero_terminal_snr") if other else ():
             here, there = getattr(own.config, field), getattr(other.config, field)
             if here != there:
@@ -92,7 +97,7 @@ class DiffusionPipeline:
         return self
 
     def _assemble(self, own: "_Network", guide: "_Network | None" = None) -> None:
-        self.about, self.config, self.encoder, self.weights = own
+        self.about, self.config, self.encoder, self.weights, self.ema = own
         self._guide, self.shape = guide, (self.config.H, self.config.W, self.config.CHANNELS)
         self.schedule = schedules.from_config(self.config)
         self.batch = 16 if parallel.on_accelerator() else 1  # pictures per call; a CPU is as fast with one as with many
@@ -259,27 +264,34 @@ class _Network(NamedTuple):
     config: Params
     encoder: TextEncoder
     weights: dict
+    ema: str = ""  # which average of the weights it has
 
 
-def _load(path: Path, encoder: TextEncoder | str | None, ema: str) -> _Network:
+def _load(name: str | Path, encoder: TextEncoder | str | None, ema: str | None) -> _Network:
     """The network of a checkpoint with averaged weights, and its text encoder or the one given (a name or folder)."""
-    about = checkpoints.about(path)
+    path = portable.locate(name)
+    if portable.is_exported(path):
+        source = portable
+    else:
+        import checkpoint as source  # only here: Orbax takes long to import, and an exported folder needs none
+    about = source.about(path)
     try:
         config = Params.from_json(about["config"])
         if about["schedule"] != {"name": schedules.NAME, "T": config.T}:
             raise ValueError(f"schedule {about['schedule']}: only {schedules.NAME!r} is known")
     except (KeyError, TypeError, ValueError) as error:
-        raise checkpoints.CheckpointError(f"{path / 'about'}: {error}") from error
+        raise CheckpointError(f"{path}: about: {error}") from error
     if not isinstance(encoder, TextEncoder):
         encoder = TextEncoder(encoder or config.encoder)
     then, now = about["encoder"]["sha256"], encoder.identity["sha256"]
     if then != now:
-        raise checkpoints.CheckpointError(
+        raise CheckpointError(
             f"{path} was trained with the files {then[:12]}… of {config.encoder}, those here are {now[:12]}…; "
             "bring the encoder that it was trained with"
         )
     _, like = abstract(config, encoder.dim)
-    weights = checkpoints.restore(path, {f"ema_{ema}": like})[f"ema_{ema}"]
+    ema = ema or about.get("ema", "short")
+    weights = source.restore(path, {f"ema_{ema}": like})[f"ema_{ema}"]
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(weights)):
-        raise checkpoints.CheckpointError(f"{path}: the weights hold non-finite numbers; take an earlier checkpoint")
-    return _Network(about, config, encoder, weights)
+        raise CheckpointError(f"{path}: the weights hold non-finite numbers; take an earlier checkpoint")
+    return _Network(about, config, encoder, weights, ema)
