@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -44,7 +45,7 @@ CURVE = 64  # training captions sampled for each checkpoint of a curve over time
 
 @dataclass(frozen=True)
 class Options:
-    checkpoint: Path = Path("models_vA0/final")  # folder written by train.py, or a run's: all of its checkpoints
+    checkpoint: Path = Path("models_vA0/final")  # of train.py, of a whole run, of export.py, or USER/NAME on the hub
     report: Path | None = None  # folder for report.html and results.json
     compare: tuple[Path, ...] = ()  # results.json of two or more reports, to set side by side
     encoder: str | None = None  # where the text encoder is, if no longer where the checkpoint was trained
@@ -52,7 +53,7 @@ class Options:
     samples: int = 256  # pictures to sample
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
     seed: int = 0  # the first sample's; each has the next one
-    ema: Literal["short", "long"] = "short"  # which average of the weights samples
+    ema: Literal["short", "long"] | None = None  # which average of the weights samples; short, or the only one there
 
 
 # Which captions.
@@ -166,7 +167,7 @@ def samples_of(subject: Subject, sets: dict[str, Captions]) -> dict[str, np.ndar
 
 
 def losses(subject: Subject) -> tuple[list[Score], dict]:
-    """Loss of both averages of the weights on held-out and on as many training pictures, and that by noise level."""
+    """Loss of each average of the weights on held-out and on as many training pictures, and that by noise level."""
     import numpy as np
 
     import dataset
@@ -177,10 +178,11 @@ def losses(subject: Subject) -> tuple[list[Score], dict]:
     unseen, trained = subject.real["held-out"], subject.real["training"]
     sets = {"held-out": unseen} if len(unseen.names) > 1 else {}
     sets["training"] = dataset.select(trained, spread(len(trained.names), len(unseen.names) if sets else CURVE))
-    found, levels = [], {"short": {}, "long": {}}
+    own = subject.pipeline
+    levels = {ema: {} for ema in ([own.ema] if "ema" in own.about else ["short", "long"])}  # an export has only one
+    found = []
     for ema, curves in levels.items():
-        same = ema == subject.options.ema
-        pipeline = subject.pipeline if same else DiffusionPipeline(subject.path, subject.options.encoder, ema=ema)
+        pipeline = own if ema == own.ema else DiffusionPipeline(subject.path, subject.options.encoder, ema=ema)
         for on, pictures in sets.items():
             key = json.dumps([pipeline.hash, pictures.fingerprint, on, len(pictures.names)])
             each = files.cached("losses", key, partial(loss_per_level, pipeline, pictures))["losses"]
@@ -275,8 +277,9 @@ def write_report(subject: Subject, over_time: list[dict]) -> None:
         by_pixels += surface(on, samples[on], own[on], pipeline.config.PATCH) if len(samples[on]) else []
     by_features = in_features(subject, extractor, sets, samples) if extractor else []
     results = {
+        "command": shlex.join(["python", "evaluate.py", *sys.argv[1:]]),
         "checkpoint": {
-            "path": str(subject.path), "hash": pipeline.hash, "ema": options.ema, "step": pipeline.about["step"],
+            "path": str(subject.path), "hash": pipeline.hash, "ema": pipeline.ema, "step": pipeline.about["step"],
             "images": subject.seen, "seconds": pipeline.about["seconds"],
         },
         "config": pipeline.config.to_json(),

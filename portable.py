@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from files import from_home, open_regular, parsed, sha256
 from params import Sampling
@@ -139,8 +139,9 @@ def write(folder: Path, weights: dict, about: dict, *, dtype: str) -> None:
     tensors = {}
     for key, leaf in jax.tree.leaves_with_path(jax.device_get(weights)):
         tensors |= _stored(_name(key), np.asarray(leaf), dtype)
-    save_file(tensors, folder / "model.safetensors")
-    said = {**about, "format": FORMAT, "dtype": dtype, "sha256": sha256(folder / "model.safetensors")}
+    file = folder / "model.safetensors"
+    file.write_bytes(save(tensors))  # save_file would let nobody else read it
+    said = {**about, "format": FORMAT, "dtype": dtype, "sha256": sha256(file)}
     text = json.dumps(said, indent=1, ensure_ascii=False, allow_nan=False)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 

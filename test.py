@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Options:
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
-    checkpoint: Path = Path("models_vA0/final")  # folder written by train.py
-    ema: Literal["short", "long"] = "short"  # which average of the weights samples
+    checkpoint: Path = Path("models_vA0/final")  # folder of train.py or export.py, or USER/NAME on the Hugging Face hub
+    ema: Literal["short", "long"] | None = None  # which average of the weights samples; short, or the only one there
     guide: Path | None = None  # an earlier or smaller checkpoint to steer away from, instead of the empty caption
     encoder: str | None = None  # where the text encoder is, if no longer where the checkpoint was trained
     prompts: tuple[str, ...] = ()  # what to draw

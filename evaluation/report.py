@@ -104,7 +104,7 @@ def as_html(rows: Iterable[tuple[object, ...]]) -> str:
 
 def level_rows(levels: dict) -> list[tuple[str, ...]]:
     """Loss at each noise level ± its standard error, of both averages on both sides of the split."""
-    n = len(levels["short"]["training"]["mean"])
+    n = len(next(iter(levels.values()))["training"]["mean"])
     rows = [("up to this share of T", *(f"{(i + 1) / n:.0%}" for i in range(n)))]
     for ema, sets in levels.items():
         for on, curve in sets.items():
