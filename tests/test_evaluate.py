@@ -17,8 +17,10 @@ from flax import nnx
 import checkpoint
 import dataset
 import evaluate
+import export
 import files
 import pipeline
+import portable
 import schedule as schedules
 import training
 from evaluate import choose, invented
@@ -542,6 +544,19 @@ def test_pictures_of_another_data_set_are_allowed_with_a_note(call, random_sampl
     assert any("needs at least" in text for text in results["notes"])  # nothing is held out
     assert "KID" not in {score.name for score in results["scores"]}
     assert "Note: the pictures are not" in Path("c/report.html").read_text()
+
+
+def test_an_exported_folder_is_evaluated_as_its_checkpoint_with_the_one_average_it_has(call, random_samples):
+    drawer = pipeline.DiffusionPipeline("models/final", ema="long")
+    Path("exported").mkdir()
+    about = {**drawer.about, "ema": "long", "sampling": {}}
+    portable.write(Path("exported"), drawer.weights, about, dtype="float32")
+    call("--checkpoint", "exported", "--report", "exported", *FEW)
+    found = export.measured([Path("models"), Path("exported")], {drawer.hash})
+    assert found["command"] == "python evaluate.py --checkpoint exported --report exported " + " ".join(FEW)
+    assert (found["checkpoint"]["ema"], found["levels"].keys()) == ("long", {"long"})
+    assert {score.by for score in found["scores"] if score.name == "loss"} == {"long average"}
+    assert export.measured([Path("exported")], {"of another"}) is None
 
 
 def test_caption_accuracy_needs_no_extractor(call, random_samples, monkeypatch):
