@@ -4,7 +4,7 @@
       down     stages, the output of each kept as a skip; halve         at each resolution; the last is not halved
       middle   stage, ResBlock
       up       stages, each given the last skip left; double            at each resolution; the first is not doubled
-    group norm, SiLU ─ convolution ─ unpatchify ─ prediction
+    group norm, SiLU ─ convolution ─ unpatchify ─ prediction, or where a Refiner follows, what that makes of it
 
 A stage is a ResBlock, then self-attention and cross-attention at the resolutions that the configuration names. The step
 and the mean of the caption's tokens scale and shift a group norm in each ResBlock (Dhariwal & Nichol 2021, Section
@@ -131,6 +131,29 @@ class Stage(nnx.Module):
         return x if self.cross_attention is None else self.cross_attention(x, text_emb, text_mask)
 
 
+class Refiner(nnx.Module):
+    """refined = coarse + R(coarse, condition): mend a picture that was made of large patches.
+
+    A convolution over patches can only mix fixed patterns, whose borders and texture stay in the picture. These layers
+    see it on patches of 2. They do not see the noisy image: with it, they learn little noise soon, and sampling
+    repeats their mistakes as speckles (LOG.md, 2026-11-28).
+    """
+
+    SIZE = 2  # pixels per side of a patch
+
+    def __init__(self, config: Params, rngs: nnx.Rngs):
+        pixels = config.CHANNELS * self.SIZE**2
+        self.entry = Conv(pixels, config.REFINER, rngs)
+        self.block = ResBlock(config.REFINER, config.REFINER, config, rngs)
+        self.exit_norm = GroupNorm(config.REFINER, silu=True)
+        self.exit = Conv(config.REFINER, pixels, rngs, zero=True)
+
+    def __call__(self, coarse: Image, condition: Condition, rngs: Rngs) -> Image:
+        x = self.entry(patchify(coarse, self.SIZE))                             # [b, h/2, w/2, REFINER]
+        x = self.block(x, condition, rngs)
+        return coarse + unpatchify(self.exit(self.exit_norm(x)), self.SIZE)     # [b, h, w, c]
+
+
 class UNet(nnx.Module):
     """prediction = UNet(noisy, t, text_emb, text_mask)"""
 
@@ -164,6 +187,7 @@ class UNet(nnx.Module):
                 self.double.append(Upsample(dim, dim, rngs))
         self.exit_norm = GroupNorm(dims[0], silu=True)
         self.exit = Conv(dims[0], pixels, rngs, zero=True)
+        self.refiner = Refiner(config, rngs) if config.REFINER else None
 
     def __call__(
         self, noisy: Image, t: Int[Array, "b"], text_emb: Tokens, text_mask: Mask,
@@ -194,7 +218,8 @@ class UNet(nnx.Module):
                 x = stage(jnp.concatenate([x, skips.pop()], axis=-1), *inputs)  # [b, h, w, dim of the level]
             if level < len(self.double):
                 x = self.double[level](x)                                       # [b, 2h, 2w, dim]
-        return unpatchify(self.exit(self.exit_norm(x)), self.patch)             # [b, h, w, c]
+        coarse = unpatchify(self.exit(self.exit_norm(x)), self.patch)           # [b, h, w, c]
+        return coarse if self.refiner is None else self.refiner(coarse, condition, rngs)
 
 
 @cache

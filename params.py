@@ -89,6 +89,7 @@ class Params(Fields):
     zero_terminal_snr: bool = False  # let step T hold no picture at all (not with eps)
     prediction: Literal["eps", "v", "x0"] = "eps"  # what the network predicts: noise, velocity, clean picture
     loss_weight: Literal["uniform", "min_snr"] = "uniform"  # of a noise level in the loss
+    timestep_shift: float = within(1.0, 0.01, 100)  # of the steps trained on: above 1 to more noise, 1 all alike
 
     # Network
     T_dim: int = within(128, 2, 4096)  # size of the sinusoidal timestep embedding
@@ -101,6 +102,7 @@ class Params(Fields):
         2,
     )  # channels per resolution, in units of BASE_DIM; the next one has half the size
     PATCH: int = within(1, 1, 64)  # pixels per side that are folded into channels at entry, unfolded at exit
+    REFINER: int = within(0, 0, 1024)  # channels of the layers that mend the picture behind large patches (0: none)
     BLOCKS: int = within(2, 1, 16)  # ResNet blocks per resolution
     self_attention: tuple[int, ...] = (2, 3)  # resolutions with self-attention (0: the first)
     cross_attention: tuple[int, ...] = (1, 2, 3)  # resolutions with cross-attention to the caption's tokens
@@ -134,6 +136,11 @@ class Params(Fields):
             raise ValueError("zero_terminal_snr = True: not with prediction = 'eps', which says nothing of pure noise")
         if self.zero_terminal_snr and self.loss_weight == "min_snr":
             raise ValueError("zero_terminal_snr = True: not with loss_weight = 'min_snr', which gives step T no weight")
+        if self.REFINER and (self.prediction != "x0" or self.PATCH < 4 or self.PATCH % 2):
+            what = f"prediction = {self.prediction!r}, PATCH = {self.PATCH}"
+            raise ValueError(
+                f"REFINER = {self.REFINER}: only with prediction = 'x0' and an even PATCH of 4 or more; {what}"
+            )
         if self.decay != "constant" and self.minutes:
             raise ValueError(f"minutes = {self.minutes}: not with decay = {self.decay!r}, which ends after its epochs")
         if self.B % self.accumulate:

@@ -285,6 +285,7 @@ def command(script: str, *words: str) -> str:
 
 def main() -> None:
     files.secure_streams()
+    files.keep_memory()
     options = files.expanded(parse(sys.argv[1:]))
     import checkpoint
     import dataset

@@ -29,7 +29,7 @@ from kernels import scan
 from model import UNet, network
 from params import Params
 
-VERSION = 5  # of what a step computes from what; a run can only be resumed under the version that it began with
+VERSION = 6  # of what a step computes from what; a run can only be resumed under the version that it began with
 SNR_GAMMA = 5.0  # of min-SNR weighting
 LEVELS = 10  # equal stretches of 1 … T over which the loss is recorded, the image side first
 
@@ -61,6 +61,17 @@ def loss_weight(schedule: schedules.Schedule, t: Int[Array, "b"], config: Params
         return jnp.ones(len(t))
     snr = (schedule.alpha[t] / schedule.sigma[t]) ** 2
     return jnp.minimum(snr, SNR_GAMMA) / {"eps": snr, "v": snr + 1, "x0": 1.0}[config.prediction]
+
+
+def random_steps(key: Key[Array, ""], config: Params) -> Int[Array, "B"]:
+    """Steps from 1 to T to train on: t / T = k u / (1 + (k - 1) u) of uniform u  (Esser et al. 2024, Eq. 23).
+
+    With a shift of k = 1 all steps are as likely. With a larger one, those are likelier at which only the caption can
+    say what the picture shows: pictures of many pixels show it through much noise already (Hoogeboom et al. 2023).
+    """
+    u, k = jax.random.uniform(key, (config.B,)), config.timestep_shift
+    t = jnp.floor(config.T * k * u / (1 + (k - 1) * u)).astype(jnp.int32) + 1
+    return jnp.minimum(t, config.T)  # where rounding took it beyond
 
 
 class Metrics(NamedTuple):
@@ -167,7 +178,7 @@ def build_train_step(config: Params, steps: int = 0) -> Callable:
         if config.augmentation:
             image, labels = augment(batch.image, augment_key, config.augmentation)
             batch = batch._replace(image=image)
-        t = jax.random.randint(t_key, (config.B,), 1, config.T + 1)  # [B]
+        t = random_steps(t_key, config)  # [B]
         noise = jax.random.normal(noise_key, batch.image.shape)  # [B, h, w, c]
         dropout_keys = jax.random.split(dropout_key, config.accumulate)
         loss, losses, gradient = accumulate(objective, state.weights, (batch, noise, t, labels), dropout_keys)

@@ -55,6 +55,7 @@ def inputs(config=TINY):
         {"H": 4, "W": 28},
         {"DIM_MULTS": (3,), "self_attention": (), "cross_attention": ()},
         {"DIM_MULTS": (1, 1, 3), "H": 24, "W": 8, "BLOCKS": 3, "self_attention": (0, 2)},
+        {"H": 8, "W": 24, "PATCH": 4, "REFINER": 6, "prediction": "x0"},
         {"BASE_DIM": 20},  # the number of groups of a norm must divide it
     ],
     ids=str,
@@ -69,6 +70,24 @@ def test_the_network_starts_at_zero_and_ignores_augmentation(model, fresh):
     assert (run(fresh, *inputs()) == 0).all()
     assert run(model, *inputs()).std() > 0.01
     assert not fresh.augmentation.kernel[...].any()
+
+
+def test_a_refiner_mends_what_the_network_without_it_says_and_sees_nothing_else(model):
+    """The network with a refiner is the one without, then its four layers; both start at zero."""
+    config = dataclasses.replace(TINY, H=16, W=24, PATCH=4, REFINER=6, prediction="x0")
+    graphdef, weights = nnx.split(UNet(config, TEXT_DIM, nnx.Rngs(0)))
+    normal = np.random.default_rng(0).normal
+    whole = nnx.merge(graphdef, jax.tree.map(lambda w: jnp.asarray(0.2 * normal(size=w.shape), w.dtype), weights))
+    refiner, batch, asked = whole.refiner, inputs(config), []
+    refined = whole(*batch)
+    whole.refiner = lambda *inputs: asked.append(inputs) or inputs[0]
+    coarse = whole(*batch)
+    ((_, condition, _),) = asked
+    np.testing.assert_allclose(refiner(coarse, condition, None), refined, rtol=1e-4, atol=1e-5)
+    assert abs(refined - coarse).max() > 0.1
+    assert (UNet(config, TEXT_DIM, nnx.Rngs(0))(*batch) == 0).all()
+    one = refiner(coarse, condition, None).at[:, 8:].get() - refiner(coarse.at[:, :2].add(1), condition, None)[:, 8:]
+    assert abs(one).max() > 0  # through the norms alone: no convolution reaches that far
 
 
 def test_dropout_is_random_and_needs_a_key(model):

@@ -24,7 +24,7 @@ def test_the_loss_and_its_gradient_are_those_of_equation_14(tiny, data):
     def objective(weights):
         predict = nnx.merge(graphdef, nnx.State(weights))
         t_key, noise_key, _, _ = jax.random.split(jax.random.fold_in(KEY, 0), 4)
-        t = jax.random.randint(t_key, (tiny.B,), 1, tiny.T + 1)
+        t = 1 + (tiny.T * jax.random.uniform(t_key, (tiny.B,))).astype(jnp.int32)
         noise = jax.random.normal(noise_key, image.shape)
         mixed = schedule.alpha[t][:, None, None, None] * image + schedule.sigma[t][:, None, None, None] * noise
         return jnp.mean((predict(mixed, t, text_emb, text_mask) - noise) ** 2)

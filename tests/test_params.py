@@ -41,6 +41,8 @@ def test_values_outside_the_range_are_refused_by_name_with_the_range(field):
         ({"zero_terminal_snr": True}, "zero_terminal_snr = True.*prediction = 'eps'"),
         ({"zero_terminal_snr": True, "prediction": "v", "loss_weight": "min_snr"}, "zero_terminal_snr.*min_snr"),
         ({"minutes": 5.0, "decay": "linear"}, "minutes = 5.0.*decay = 'linear'"),
+        ({"REFINER": 8, "PATCH": 8}, "REFINER = 8: only with prediction = 'x0'.*prediction = 'eps'"),
+        ({"REFINER": 8, "PATCH": 2, "prediction": "x0"}, "REFINER = 8.*PATCH of 4 or more.*PATCH = 2"),
         ({"accumulate": 5}, "accumulate = 5.*divisors of B = 64"),
     ],
 )

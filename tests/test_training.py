@@ -149,6 +149,17 @@ def test_noise_levels_of_equal_weight_leave_a_step_as_it_is(tiny, data, monkeypa
     near((found.metrics.loss, found.metrics.grad_norm), (plain.metrics.loss, plain.metrics.grad_norm))
 
 
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
+def test_random_steps_follow_the_density_of_the_shift(tiny, shift):
+    """Against the cumulative distribution s / (k - (k - 1) s) of s = t / T, by the bound of Dvoretzky and others."""
+    many = 20_000
+    steps = training.random_steps(jax.random.key(0), dataclasses.replace(tiny, B=many, timestep_shift=shift))
+    assert (int(steps.min()), int(steps.max())) == (1, tiny.T)
+    s = np.arange(1, tiny.T + 1) / tiny.T
+    share = (np.asarray(steps) <= np.arange(1, tiny.T + 1)[:, None]).mean(1)
+    assert abs(share - s / (shift - (shift - 1) * s)).max() < np.sqrt(np.log(2 / 1e-6) / 2 / many)
+
+
 def test_metrics_sort_the_loss_by_noise_level(tiny, data):
     state, total = fresh(tiny), 0.0
     for step in range(5):
