@@ -168,19 +168,18 @@ class Params(Fields):
 
 
 _cpu = Params(
-    H=32, W=32, PATCH=4, BASE_DIM=128, DIM_MULTS=(1, 2), self_attention=(1,), cross_attention=(1,), prediction="x0",
-    encoder="sentence-transformers/all-MiniLM-L6-v2", B=8, learning_rate=4e-4,
+    PATCH=8, REFINER=64, DIM_MULTS=(1, 2), self_attention=(1,), cross_attention=(1,), prediction="x0",
+    timestep_shift=3, encoder="sentence-transformers/all-MiniLM-L6-v2", B=8, learning_rate=4e-4,
     epochs=100, sample_every=10, save_every=25,
 )  # fmt: skip
 
-PRESETS = {  # why each predicts what it does, on patches of that size: LOG.md, 2026-11-27
+PRESETS = {  # why each predicts what it does: LOG.md, 2026-11-28
     "quick": dataclasses.replace(
-        _cpu, MAX_INDEX=64, PATCH=2, BASE_DIM=96, BLOCKS=1, prediction="v", learning_rate=6e-4, warmup=100,
-        epochs=200, sample_every=50, save_every=100,
+        _cpu, MAX_INDEX=64, learning_rate=6e-4, warmup=100, epochs=120, sample_every=60, save_every=60
     ),
     "cpu": _cpu,
-    "emoji64": Params(prediction="v"),
-}  # fmt: skip
+    "emoji64": Params(),
+}
 
 
 Sampler = Literal["ddim", "ddpm", "heun", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m"]  # keys of samplers.SOLVERS

@@ -72,8 +72,8 @@ def test_the_network_starts_at_zero_and_ignores_augmentation(model, fresh):
     assert not fresh.augmentation.kernel[...].any()
 
 
-def test_a_refiner_mends_what_the_network_without_it_says_and_sees_nothing_else(model):
-    """The network with a refiner is the one without, then its four layers; both start at zero."""
+def test_a_refiner_mends_what_the_network_without_it_says_and_sees_nothing_else():
+    """It is given the picture that its four layers are to mend, and not the noisy one."""
     config = dataclasses.replace(TINY, H=16, W=24, PATCH=4, REFINER=6, prediction="x0")
     graphdef, weights = nnx.split(UNet(config, TEXT_DIM, nnx.Rngs(0)))
     normal = np.random.default_rng(0).normal
@@ -86,8 +86,6 @@ def test_a_refiner_mends_what_the_network_without_it_says_and_sees_nothing_else(
     np.testing.assert_allclose(refiner(coarse, condition, None), refined, rtol=1e-4, atol=1e-5)
     assert abs(refined - coarse).max() > 0.1
     assert (UNet(config, TEXT_DIM, nnx.Rngs(0))(*batch) == 0).all()
-    one = refiner(coarse, condition, None).at[:, 8:].get() - refiner(coarse.at[:, :2].add(1), condition, None)[:, 8:]
-    assert abs(one).max() > 0  # through the norms alone: no convolution reaches that far
 
 
 def test_dropout_is_random_and_needs_a_key(model):
