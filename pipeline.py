@@ -11,9 +11,10 @@ sample at once. The whole way from prompt to pixels is DiffusionPipeline._sample
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Iterator, Sequence
+from functools import cached_property, partial
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -146,12 +147,28 @@ class DiffusionPipeline:
         self, prompts: Sequence[str], sampling: Sampling | None = None, *, seeds: Seeds = 0, edit: Edit | None = None
     ) -> UInt8[np.ndarray, "n h w c"]:
         """As generate_images, as one array of bytes."""
+        batches = [pixels for _, pixels in self._sample(*self._pairs(prompts, seeds), sampling, edit)]
+        return np.concatenate(batches) if batches else np.zeros((0, *self.shape), np.uint8)
+
+    def watch(
+        self, prompts: Sequence[str], sampling: Sampling | None = None, *, seeds: Seeds = 0, edit: Edit | None = None,
+        every: int = 1,
+    ) -> Iterator[list[Image.Image]]:  # fmt: skip
+        """As generate_images, while they are sampled: after every so many steps the estimates of those begun so far."""
+        images = []
+        for first, pixels in self._sample(*self._pairs(prompts, seeds), sampling, edit, every=every):
+            images[first:] = map(as_picture, pixels)
+            yield list(images)
+
+    @staticmethod
+    def _pairs(prompts: Sequence[str], seeds: Seeds) -> tuple[list[list[str]], list[list[int]]]:
+        """The prompt and the seed of each picture."""
         if isinstance(prompts, str) or not isinstance(prompts, Sequence | np.ndarray):
             raise ValueError(f"prompts is {prompts!r:.80}: give a list of prompts, or call generate_image for one")
         seeds = list(seeds) if isinstance(seeds, Sequence | np.ndarray) else [seeds] * len(prompts)
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one seed, or one for each prompt")
-        return self._sample([[prompt] for prompt in prompts], [[seed] for seed in seeds], sampling, edit)[0]
+        return [[prompt] for prompt in prompts], [[seed] for seed in seeds]
 
     def interpolate(
         self, prompts: tuple[str, str], sampling: Sampling | None = None, *, seeds: tuple[int, int] = (0, 0),
@@ -167,15 +184,15 @@ class DiffusionPipeline:
             raise ValueError("eta is above 0: fresh noise has no way between seeds; take eta = 0 or one seed")
         prompts = list(dict.fromkeys(map(checked, prompts)))  # of two that are equal, one estimate is enough
         share = np.linspace(0, 1, frames, dtype=np.float32)
-        images, _ = self._sample([prompts] * frames, [list(seeds)] * frames, sampling, share=share)
-        return [as_picture(pixels) for pixels in images]
+        batches = self._sample([prompts] * frames, [list(seeds)] * frames, sampling, share=share)
+        return [as_picture(pixels) for _, batch in batches for pixels in batch]
 
     def denoising(
         self, prompt: str, sampling: Sampling | None = None, *, seed: int = 0, edit: Edit | None = None
     ) -> list[Image.Image]:
         """The estimate of the picture at each step, and at the end the picture."""
-        images, estimates = self._sample([[prompt]], [[seed]], sampling, edit, trace=True)
-        return [as_picture(pixels) for pixels in (*estimates[0], images[0])]
+        estimates = [image for [image] in self.watch([prompt], sampling, seeds=seed, edit=edit)]
+        return [*estimates, estimates[-1]]
 
     def metadata(
         self, prompt: str, seed: int, sampling: Sampling | None = None, edit: Edit | None = None
@@ -193,15 +210,16 @@ class DiffusionPipeline:
 
     def _sample(
         self, prompts: list[list[str]], seeds: list[list[int]], sampling: Sampling | None, edit: Edit | None = None, *,
-        share: np.ndarray | None = None, trace: bool = False,
-    ) -> tuple[UInt8[np.ndarray, "n h w c"], UInt8[np.ndarray, "n s h w c"] | None]:  # fmt: skip
-        """From prompts to pixels; with trace, also each picture's estimates at the s steps.
+        share: np.ndarray | None = None, every: int | None = None,
+    ) -> Iterator[tuple[int, UInt8[np.ndarray, "b h w c"]]]:  # fmt: skip
+        """From prompts to pixels, batch by batch: the number of its first picture, and its pictures. With `every`,
+        also their estimates after every so many steps.
 
         Each of n pictures has one prompt and one seed; or two, and is `share` [n] of the way from first to second.
         """
         n, k = len(prompts), len(prompts[0]) if prompts else 0
         if n == 0:
-            return np.zeros((0, *self.shape), np.uint8), None
+            return
         flat = [checked(prompt) for each in prompts for prompt in each]
         if not all(prompt.strip() for prompt in flat):
             raise ValueError("the prompt is empty: say in a few words what to draw")
@@ -227,18 +245,17 @@ class DiffusionPipeline:
 
         text_emb, text_mask = self.encoder([*flat, sampling.negative_prompt], self.config.TEXT_LEN)
         text = np.concatenate([np.arange(n * k).reshape(n, k), np.full((n, 1), n * k)], axis=1)  # rows of text_emb
-        seeds, images, estimates = np.array(seeds, np.int32), [], []
+        seeds, weights, last = np.array(seeds, np.int32), (self.weights, guide and guide.weights), len(times) - 1
+        go_on = partial(self._sampler.go_on, *weights, sampler=sampling.sampler, timesteps=tuple(times.tolist()))
+        stops = jax.device_put([*map(np.int32, range(0, last, every or last)), np.int32(last)])
         for first in range(0, n, self.batch):
             rows = np.resize(np.arange(first, min(first + self.batch, n)), self.batch)  # the last batch is filled up
             part = None if share is None else share[rows]
             request = jax.device_put(Request(seeds[rows], text_emb[text[rows]], text_mask[text[rows]], part))
-            sample, steps = self._sampler(
-                self.weights, guide and guide.weights, request, controls,
-                sampler=sampling.sampler, timesteps=tuple(times.tolist()), trace=trace,
-            )  # fmt: skip
-            images.append(jax.device_get(sample)[: n - first])
-            estimates += [jax.device_get(steps)[: n - first]] if trace else []
-        return np.concatenate(images), np.concatenate(estimates) if trace else None
+            state = self._sampler.begin(request, controls, jax.device_put(times[0]))
+            for done, until in pairwise(stops):
+                state, images = go_on(request, controls, state, done, until)
+                yield first, jax.device_get(images)[: n - first]
 
     def _open(self, edit: Edit) -> tuple[UInt8[np.ndarray, "h w c"], Bool[np.ndarray, "h w 1"] | None]:
         """Picture and mask of an edit; each is checked, and the strength."""

@@ -14,6 +14,8 @@ so a step needs only the mean of denoised over it, weighted by e^λ. The solvers
 
 All have one signature, and all take `step_towards`. eta = 0 solves the ODE, with the orders above. eta = 1 replaces as
 much noise in each step as ancestral sampling does: `ddpm` is ddim with it, `dpmpp_2m_sde` is dpmpp_2m with it.
+
+A solver returns the body of its loop, which `take_steps` runs: all steps at once, or some, to look at the images first.
 """
 
 from collections.abc import Callable
@@ -29,7 +31,17 @@ from schedule import Schedule
 Images = Float[Array, "b h w c"]
 Denoise = Callable[[Images, Int[Array, "b"]], Images]
 Times = Int[np.ndarray, "n"]
-Solved = tuple[Images, Float[Array, "n-1 b h w c"]]  # the image, and the estimate of it at each step
+
+
+class State(NamedTuple):
+    """How far a solver has come; at the end, `noisy` and `denoised` are the image."""
+
+    noisy: Images
+    denoised: Images  # the last estimate of the image
+    before: Images  # the estimate before that one
+
+
+Loop = tuple[Callable[[State, tuple], State], tuple]  # the next state, given what is known of a step; that of all steps
 
 
 def step_towards(noisy: Images, denoised: Images, step: "Step", fresh: "FreshNoise") -> Images:
@@ -84,21 +96,22 @@ def steps_between(schedule: Schedule, timesteps: Times) -> tuple[Step, Float[np.
     return Step(jnp.arange(len(t)), t, t_next, *mixes), h
 
 
-# Solvers, from `noisy` at timesteps[0] to the image at the last timestep
+# Solvers, from noise at timesteps[0] to the image at the last timestep
 
 
-def ddim(denoise: Denoise, schedule: Schedule, noisy: Images, timesteps: Times, fresh: FreshNoise) -> Solved:
+def ddim(denoise: Denoise, schedule: Schedule, timesteps: Times, fresh: FreshNoise) -> Loop:
     """Keep the estimated noise at a lower level (Song et al. 2021a, Eq. 12); eta = 1 is ancestral sampling (DDPM)."""
     steps, _ = steps_between(schedule, timesteps)
 
-    def body(noisy, step):
+    def body(state, step):
+        noisy, before, _ = state
         denoised = denoise(noisy, jnp.full(len(noisy), step.t))
-        return step_towards(noisy, denoised, step, fresh), denoised
+        return State(step_towards(noisy, denoised, step, fresh), denoised, before)
 
-    return jax.lax.scan(body, noisy, steps)
+    return body, steps
 
 
-def heun(denoise: Denoise, schedule: Schedule, noisy: Images, timesteps: Times, fresh: FreshNoise) -> Solved:
+def heun(denoise: Denoise, schedule: Schedule, timesteps: Times, fresh: FreshNoise) -> Loop:
     """Heun's rule: try the step, estimate again at its end, take it with a weighted mean of the two.
 
     That is Karras et al. 2022, Algorithm 1, on the exponential form above (Cox & Matthews 2002, ETD2RK) instead of a
@@ -110,37 +123,35 @@ def heun(denoise: Denoise, schedule: Schedule, noisy: Images, timesteps: Times, 
     share[finite] = means_of_u(h[finite])[0] / h[finite]  # of the estimate at the end
     without_noise = fresh._replace(eta=jnp.zeros(()))
 
-    def body(noisy, now):
-        step, share = now
+    def body(state, now):
+        (noisy, before, _), (step, share) = state, now
         start = denoise(noisy, jnp.full(len(noisy), step.t))
         end = jax.lax.cond(
             step.sigma_next > 0,
             lambda: denoise(step_towards(noisy, start, step, without_noise), jnp.full(len(noisy), step.t_next)),
             lambda: start,
         )
-        return step_towards(noisy, start + share * (end - start), step, fresh), start
+        return State(step_towards(noisy, start + share * (end - start), step, fresh), start, before)
 
-    return jax.lax.scan(body, noisy, (steps, jnp.asarray(share)))
+    return body, (steps, jnp.asarray(share))
 
 
-def dpmpp_2m(denoise: Denoise, schedule: Schedule, noisy: Images, timesteps: Times, fresh: FreshNoise) -> Solved:
+def dpmpp_2m(denoise: Denoise, schedule: Schedule, timesteps: Times, fresh: FreshNoise) -> Loop:
     """DPM-Solver++(2M)  (Lu et al. 2022b, Algorithm 2); with eta = 1, its SDE variant (Appendix B)."""
     steps, h = steps_between(schedule, timesteps)
     ahead, may = np.zeros(len(h), np.float32), may_extrapolate(h)
     ahead[may] = h[may] / (2 * np.roll(h, 1)[may])  # half a step, in units of the one before: 1 / 2r
 
-    def body(carry, now):
-        (noisy, before), (step, ahead) = carry, now
+    def body(state, now):
+        (noisy, before, _), (step, ahead) = state, now
         denoised = denoise(noisy, jnp.full(len(noisy), step.t))
         middle = denoised + ahead * (denoised - before)  # (1 + 1/2r) x_i - 1/2r x_(i-1), line 8
-        return (step_towards(noisy, middle, step, fresh), denoised), denoised
+        return State(step_towards(noisy, middle, step, fresh), denoised, before)
 
-    carry = noisy, jnp.zeros_like(noisy)
-    (image, _), estimates = jax.lax.scan(body, carry, (steps, jnp.asarray(ahead)))
-    return image, estimates
+    return body, (steps, jnp.asarray(ahead))
 
 
-def dpmpp_3m(denoise: Denoise, schedule: Schedule, noisy: Images, timesteps: Times, fresh: FreshNoise) -> Solved:
+def dpmpp_3m(denoise: Denoise, schedule: Schedule, timesteps: Times, fresh: FreshNoise) -> Loop:
     """DPM-Solver++(3M): a parabola through the last three estimates D, D₁, D₂, in Newton's form over u = λ - λ_now,
 
         denoised(u) = D + u [D, D₁] + u (u + h₁) [D, D₁, D₂]        (divided differences; h₁, h₂ the steps before)
@@ -155,16 +166,15 @@ def dpmpp_3m(denoise: Denoise, schedule: Schedule, noisy: Images, timesteps: Tim
     u, u2 = means_of_u(h[may])
     parabolic[may] = u2 + h1[may] * u
 
-    def body(carry, now):
-        (noisy, d1, d2), (step, (h1, h2, linear, parabolic)) = carry, now
+    def body(state, now):
+        (noisy, d1, d2), (step, (h1, h2, linear, parabolic)) = state, now
         d = denoise(noisy, jnp.full(len(noisy), step.t))
         slope, slope_before = (d - d1) / h1, (d1 - d2) / h2
         mean = d + linear * slope + parabolic * (slope - slope_before) / (h1 + h2)
-        return (step_towards(noisy, mean, step, fresh), d, d1), d
+        return State(step_towards(noisy, mean, step, fresh), d, d1)
 
-    carry, weights = (noisy, *jnp.zeros((2, *noisy.shape))), np.stack([h1, h2, linear, parabolic], axis=1)
-    (image, *_), estimates = jax.lax.scan(body, carry, (steps, jnp.asarray(weights, jnp.float32)))
-    return image, estimates
+    weights = np.stack([h1, h2, linear, parabolic], axis=1)
+    return body, (steps, jnp.asarray(weights, jnp.float32))
 
 
 def may_extrapolate(h: Float[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:
@@ -180,8 +190,23 @@ def means_of_u(h: Float[np.ndarray, "n"]) -> tuple[Float[np.ndarray, "n"], Float
 
 
 class Solver(NamedTuple):
-    solve: Callable
+    loop: Callable[[Denoise, Schedule, Times, FreshNoise], Loop]
     eta: float  # unless the user says otherwise
+
+    def solve(self, denoise: Denoise, schedule: Schedule, noisy: Images, timesteps: Times, fresh: FreshNoise) -> State:
+        """From `noisy` at timesteps[0] to the image at the last timestep."""
+        state = State(noisy, *jnp.zeros((2, *noisy.shape)))
+        return take_steps(self.loop(denoise, schedule, timesteps, fresh), state, 0, len(timesteps) - 1)
+
+
+def take_steps(loop: Loop, state: State, done: Int[Array, ""] | int, until: Int[Array, ""] | int) -> State:
+    """Take the steps from number `done` up to, but not including, `until`."""
+    body, steps = loop
+
+    def step(number: Int[Array, ""], state: State) -> State:
+        return body(state, jax.tree.map(lambda each: each[number], steps))
+
+    return jax.lax.fori_loop(done, until, step, state)
 
 
 SOLVERS = {  # a new one also needs its name in params.Sampler

@@ -1,7 +1,9 @@
-"""The jitted function that samples a batch: from seeds and encoded prompts to images.
+"""The jitted functions that sample a batch: from seeds and encoded prompts to images.
 
-The network is wrapped by guidance.py, and a solver of samplers.py calls the result. Arrays may change from call to
-call; what is not an array, and whether an optional array is there, is compiled in.
+`begin` makes the noise and `go_on` takes some of the solver's steps, so that whoever calls may look at the images in
+between; the same compiled function takes all steps at once. In it the network is wrapped by guidance.py, and a solver
+of samplers.py calls the result. Arrays may change from call to call; what is not an array, and whether an optional
+array is there, is compiled in.
 """
 
 from collections.abc import Callable
@@ -11,14 +13,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 import schedule as schedules
 from guidance import classifier_free, inpaint, limit_to_interval, threshold
 from images import to_bytes, to_float
 from model import network
 from params import Params
-from samplers import SOLVERS, FreshNoise, Images
+from samplers import SOLVERS, FreshNoise, Images, State, take_steps
 
 
 class Request(NamedTuple):
@@ -43,20 +45,42 @@ class Controls(NamedTuple):
     mask: Bool[Array, "h w 1"] | None = None  # … and to keep where this is False
 
 
-@cache
-def build_sampler(
-    config: Params, guide: Params | None = None
-) -> Callable[..., tuple[UInt8[Array, "b h w c"], UInt8[Array, "b n h w c"] | None]]:
-    """The jitted function that samples a batch; compiled once per batch size, sampler, steps and kind of guidance.
+class Sampler(NamedTuple):
+    """begin(request, controls, t) -> state at timestep t;
+    go_on(weights, guide_weights, request, controls, state, done, until, sampler=…, timesteps=…) -> state after the
+    steps from number `done` up to, but not including, `until`, and its estimate of the images, which is at last the
+    images.
+    """
 
-    sample(weights, guide_weights, request, controls, sampler=…, timesteps=…, trace=…) -> images, and with trace=True
-    the estimate of each image at each of the n steps. Guidance evaluates the network on one enlarged batch, or, where
-    there is a `guide`, a worse network to steer away from (autoguidance), that one beside it.
+    begin: Callable[..., State]
+    go_on: Callable[..., tuple[State, UInt8[Array, "b h w c"]]]
+
+
+@cache
+def build_sampler(config: Params, guide: Params | None = None) -> Sampler:
+    """The functions that sample a batch; `go_on` is compiled once per batch size, sampler, steps and kind of guidance.
+
+    Guidance evaluates the network on one enlarged batch, or, where there is a `guide`, a worse network to steer away
+    from (autoguidance), that one beside it.
     """
     schedule = schedules.from_config(config)
 
-    @partial(jax.jit, static_argnames=("sampler", "timesteps", "trace"))
-    def sample(weights, guide_weights, request: Request, controls: Controls, *, sampler, timesteps, trace=False):
+    def keys_of(seeds: Int[Array, "b s"]) -> Key[Array, "b s 2"]:
+        """Of each seed, the key of its noise and that of its fresh noise."""
+        return jax.vmap(jax.vmap(lambda seed: jax.random.split(jax.random.key(seed))))(seeds)
+
+    @jax.jit
+    def begin(request: Request, controls: Controls, t: Int[Array, ""]) -> State:
+        shape = (config.H, config.W, config.CHANNELS)
+        noisy = jax.vmap(jax.vmap(lambda key: jax.random.normal(key, shape)))(keys_of(request.seeds)[:, :, 0])
+        noisy = noisy[:, 0] if request.share is None else jax.vmap(slerp)(noisy[:, 0], noisy[:, -1], request.share)
+        if controls.image is not None:
+            image = jnp.broadcast_to(to_float(controls.image), noisy.shape)
+            noisy = schedules.add_noise(schedule, image, noisy, jnp.full(len(noisy), t))
+        return State(noisy, *jnp.zeros((2, *noisy.shape)))
+
+    @partial(jax.jit, static_argnames=("sampler", "timesteps"))
+    def go_on(weights, guide_weights, request, controls, state, done, until, *, sampler, timesteps):
         seeds, text_emb, text_mask, share = request
 
         def estimates(config, weights, noisy, t, prompts: slice) -> Float[Array, "b k h w c"]:
@@ -89,21 +113,15 @@ def build_sampler(
                 denoise = limit_to_interval(controls.interval, denoise, positive)
         denoise = threshold(denoise, controls.percentile)
 
-        shape = (config.H, config.W, config.CHANNELS)
-        keys = jax.vmap(jax.vmap(lambda seed: jax.random.split(jax.random.key(seed))))(seeds)  # [b, s, 2]
-        noisy = jax.vmap(jax.vmap(lambda key: jax.random.normal(key, shape)))(keys[:, :, 0])  # [b, s, h, w, c]
-        noisy = noisy[:, 0] if share is None else jax.vmap(slerp)(noisy[:, 0], noisy[:, -1], share)
-        if controls.image is not None:
-            image = jnp.broadcast_to(to_float(controls.image), noisy.shape)
-            noisy = schedules.add_noise(schedule, image, noisy, jnp.full(len(noisy), timesteps[0]))
-            if controls.mask is not None:
-                denoise = inpaint(denoise, image, controls.mask[None])
+        if controls.mask is not None:
+            denoise = inpaint(denoise, to_float(controls.image)[None], controls.mask[None])
 
-        fresh = FreshNoise(keys[:, 0, 1], controls.eta, controls.temperature)  # the second key of the first seed
-        image, steps = SOLVERS[sampler].solve(denoise, schedule, noisy, np.array(timesteps), fresh)
-        return to_bytes(image), to_bytes(jnp.moveaxis(steps, 0, 1)) if trace else None
+        fresh = FreshNoise(keys_of(seeds)[:, 0, 1], controls.eta, controls.temperature)
+        loop = SOLVERS[sampler].loop(denoise, schedule, np.array(timesteps), fresh)
+        state = take_steps(loop, state, done, until)
+        return state, to_bytes(state.denoised)
 
-    return sample
+    return Sampler(begin, go_on)
 
 
 def slerp(a: Float[Array, "h w c"], b: Float[Array, "h w c"], share: Float[Array, ""]) -> Float[Array, "h w c"]:

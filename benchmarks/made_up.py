@@ -44,7 +44,7 @@ def shapes(config: Params, pictures: int) -> tuple:
 
 def drawer(config: Params, data: Data, *, pictures: int, sampler: str, steps: int) -> Callable[[dict], jax.Array]:
     """weights -> pictures: this project's sampler on a guided batch."""
-    sample = build_sampler(config)
+    begin, go_on = build_sampler(config)
     timesteps = tuple(samplers.timesteps(schedule.from_config(config), steps).tolist())
     text_emb, text_mask = (
         jnp.stack([part[1 : 1 + pictures], jnp.broadcast_to(part[0], part[1 : 1 + pictures].shape)], axis=1)
@@ -52,4 +52,9 @@ def drawer(config: Params, data: Data, *, pictures: int, sampler: str, steps: in
     )
     request = Request(jnp.arange(pictures)[:, None], text_emb, text_mask)
     controls = Controls(jnp.float32(7), jnp.zeros(()), None, None, eta=jnp.zeros(()), temperature=jnp.ones(()))
-    return lambda weights: sample(weights, None, request, controls, sampler=sampler, timesteps=timesteps)[0]
+
+    def draw(weights: dict) -> jax.Array:
+        state = begin(request, controls, timesteps[0])
+        return go_on(weights, None, request, controls, state, 0, steps, sampler=sampler, timesteps=timesteps)[1]
+
+    return draw

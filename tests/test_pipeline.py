@@ -281,6 +281,19 @@ def test_a_film_of_the_drawing_ends_with_the_picture(drawer, tiny):
     assert (np.asarray(film[0]) != np.asarray(film[-1])).any()
 
 
+@pytest.mark.parametrize("sampler", get_args(Sampler))
+def test_pictures_that_are_watched_are_those_that_are_drawn_at_once(drawer, sampler):
+    prompts, sampling = ["red disc", "blue box"], Sampling(steps=5, sampler=sampler)
+    watched = [[np.asarray(image) for image in images] for images in drawer.watch(prompts, sampling, seeds=3, every=2)]
+    assert [len(images) for images in watched] == [1, 1, 1, 2, 2, 2]  # after 2, 4 and 5 steps of each
+    np.testing.assert_array_equal(watched[-1], drawer.generate_arrays(prompts, sampling, seeds=3))
+    film = drawer.denoising("red disc", sampling, seed=3)
+    np.testing.assert_array_equal([images[0] for images in watched[:3]], [film[number] for number in (1, 3, 4)])
+    np.testing.assert_array_equal(watched[3][0], watched[2][0])
+    with pytest.raises(ValueError, match="prompt is empty"):
+        next(drawer.watch([" "]))
+
+
 @pytest.fixture
 def photo():
     return Image.fromarray(np.random.default_rng(1).integers(0, 256, (8, 12, 3)).astype(np.uint8))
