@@ -56,8 +56,9 @@ EVERY = 2  # steps between two previews
 
 CSS = """
 .gradio-container { max-width: 1080px !important; margin: auto }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(140px, 1fr)); gap: 12px; padding-top: 8px }
+.cards { display: grid; grid-template-columns: 1fr 1fr; gap: 12px; padding-top: 8px }
 .card { margin: 0; text-align: center }
+.card:only-child, .card.wide { grid-column: 1 / -1 }
 .card:only-child { max-width: 320px }
 .card img { width: 100%; border: 1px solid var(--border-color-primary); border-radius: 8px;
             background: repeating-conic-gradient(#ddd 0 25%, #fff 0 50%) 0 0 / 20px 20px }
@@ -146,8 +147,9 @@ def way(
     strip = captioned_grid(images, captions, columns=len(images), cell=CELL)
     metadata = {"to": to, "to_seed": str(asked.seed), "frames": str(asked.frames)}
     metadata |= pipeline.metadata(prompt, asked.seed, sampling)
-    film, name = written(save_gif, [*images, *images[-2::-1]], cell=CELL), f"{prompt} to {to}"
-    yield cards([card(film, name, name=name, kind="gif"), card(written(save_png, strip, metadata), "", name=name)])
+    name, film, strip = f"{prompt} to {to}", [*images, *images[-2::-1]], written(save_png, strip, metadata)
+    film = card(written(save_gif, film, cell=CELL), name, name=name, kind="gif")
+    yield cards([film, card(strip, "", name=name, shape="wide")])
 
 
 def sampling_of(c: float, steps: int, sampler: str, negative: str) -> Sampling:
@@ -189,13 +191,14 @@ def written(save: Callable, *what: Any, **options: Any) -> bytes:
         return path.read_bytes()
 
 
-def card(data: bytes, caption: str, *, name: str = "", kind: str = "png") -> str:
+def card(data: bytes, caption: str, *, name: str = "", kind: str = "png", shape: str = "") -> str:
     """A picture with its caption, and with a link to save it if it has a name."""
     source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     file = re.sub(r"\W+", "_", name).strip("_")[:60] or "picture"
     link = f' <a download="{file}.{kind}" href="{source}">save {kind.upper()}</a>' if name else ""
     caption = html.escape(caption)
-    return f'<figure class="card"><img alt="{caption}" src="{source}"><figcaption>{caption}{link}</figcaption></figure>'
+    image = f'<img alt="{caption}" src="{source}">'
+    return f'<figure class="card {shape}">{image}<figcaption>{caption}{link}</figcaption></figure>'
 
 
 def cards(each: Iterable[str]) -> str:
@@ -241,8 +244,8 @@ def build(pipeline: DiffusionPipeline, about: str) -> gr.Blocks:
                         gr.Markdown("What you paint over is drawn anew. Paint nothing to change the whole picture.")
                         sketch = editor(
                             show_label=False,
-                            sources=("upload", "clipboard"), transforms=(), layers=False, canvas_size=(512, 512),
-                            brush=gr.Brush(default_size=40, colors=["#e0457b"], color_mode="fixed"),
+                            sources=("upload", "clipboard"), transforms=(), layers=False, canvas_size=(512, 512), format="png",
+                            brush=gr.Brush(default_size=24, colors=["#e0457b"], color_mode="fixed"),
                         )  # fmt: skip
                         strength = slider("strength", "How much may change, if nothing is painted", step=1 / STRENGTHS)
                     go = gr.Button("Draw", variant="primary")
@@ -295,6 +298,7 @@ def stay_here(host: str) -> None:
         if not here:
             raise PermissionError(f"{whom} is another machine; this page asks none")
 
+    sys.modules["uvloop"] = None  # not to be imported: Python's own event loop is the one that tells the hook
     sys.addaudithook(hook)
 
 
