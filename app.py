@@ -243,8 +243,8 @@ def build(pipeline: DiffusionPipeline, about: str) -> gr.Blocks:
                     with gr.Accordion("Start from a picture", open=False):
                         gr.Markdown("What you paint over is drawn anew. Paint nothing to change the whole picture.")
                         sketch = editor(
-                            show_label=False,
-                            sources=("upload", "clipboard"), transforms=(), layers=False, canvas_size=(512, 512), format="png",
+                            show_label=False, format="png", canvas_size=(512, 512), layers=False, transforms=(),
+                            sources=("upload", "clipboard"),
                             brush=gr.Brush(default_size=24, colors=["#e0457b"], color_mode="fixed"),
                         )  # fmt: skip
                         strength = slider("strength", "How much may change, if nothing is painted", step=1 / STRENGTHS)
