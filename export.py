@@ -3,6 +3,7 @@
     python export.py models_vA0/final my-emoji                        averaged weights in float32
     python export.py models_vA0/final my-emoji --dtype int8           a quarter of the size
     python export.py models_vA0/final my-emoji --push NAME/my-emoji   and on the Hugging Face hub
+    python export.py models_vA0/final my-emoji --web my-site          and a site that draws in the browser
 
 The folder gets model.safetensors and config.json, which `DiffusionPipeline(FOLDER)` draws from, README.md, a model card
 that says what the network is, and grid.png, drawings by what was written. An earlier export there is replaced.
@@ -16,6 +17,7 @@ import shlex
 import sys
 import tempfile
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -124,6 +126,12 @@ class Options:
     encoder: str | None = None  # where the text encoder is, if no longer where the checkpoint was trained
     license: str | None = None  # of the weights, as the hub names it; that of the pictures if nothing is said
     push: str | None = None  # name on the Hugging Face hub, USER/NAME, to upload the folder to
+    web: Path | None = None  # folder for a site that draws in the browser, with weights in float16, or int8 if dtype is
+
+
+def credit(vendors: list[str]) -> list[str]:
+    """Of each vendor, what its pictures are and their licence."""
+    return [PICTURES[vendor][0] if vendor in PICTURES else f"{vendor}: of the author" for vendor in vendors]
 
 
 def name_of(options: Options) -> str:
@@ -177,7 +185,7 @@ def card(options: Options, pipeline: DiffusionPipeline, sampling: Sampling, foun
         tags=["emoji", "diffusion", "flax"], datasets=[source for *_, source in known] or None,
     )  # fmt: skip
     pictures = [f"{many:,} captioned pictures:" if many else "Captioned pictures:", ""]
-    pictures += [f"- {PICTURES[vendor][0] if vendor in PICTURES else f'{vendor}: of the author'}" for vendor in vendors]
+    pictures += [f"- {one}" for one in credit(vendors)]
     pictures += ["", "The captions are the English names of emoji in Unicode's CLDR."] if known else []
     changed = {field: it for field, it in vars(sampling).items() if field == "c" or it != getattr(Sampling(), field)}
     words = ((f"--{field}", *map(str, it if isinstance(it, tuple) else [it])) for field, it in changed.items())
@@ -201,7 +209,7 @@ def card(options: Options, pipeline: DiffusionPipeline, sampling: Sampling, foun
 
 
 def refuse(options: Options, folder: Path) -> None:
-    """Raise ValueError where the folder holds something else than an export, or nothing can be pushed."""
+    """Raise ValueError where a folder holds something else than an export, or what is asked for cannot be done."""
     import portable
 
     held = [path.name for path in folder.iterdir() if not path.name.startswith(".")] if folder.exists() else []
@@ -211,6 +219,11 @@ def refuse(options: Options, folder: Path) -> None:
         except portable.CheckpointError as error:
             what = f"{folder} holds {', '.join(sorted(held)[:3])}, and no export ({error})"
             raise ValueError(f"{what}; choose another folder, or empty it") from None
+    if options.web:
+        if options.web.exists() and any(options.web.glob("[!.]*")) and not (options.web / "site.json").is_file():
+            raise ValueError(f"{options.web} holds something else than a site; choose another folder, or empty it")
+        if not find_spec("onnx"):
+            raise ValueError("--web needs more packages: pip install -r requirements-web.txt")
     if options.push:
         from huggingface_hub import get_token
 
@@ -237,8 +250,20 @@ def push(folder: Path, name: str) -> None:
         ) from error
 
 
+def write_site(options: Options, pipeline: DiffusionPipeline, sampling: Sampling) -> str:
+    """Write the site that draws in the browser; returns what was written and how to see it."""
+    import web_export
+
+    pictures = re.sub(r"\[(.+?)\]\(.+?\)", r"\1", " ".join(credit(pipeline.config.vendor.split("+"))))
+    about = f"{name_of(options)}, trained on pictures of {pictures}"
+    dtype = "int8" if options.dtype == "int8" else "float16"
+    size = web_export.write(options.web, pipeline, pipeline.resolved(sampling), about, dtype=dtype)
+    return f"{options.web} written, {size / 1e6:.1f} MB (python -m http.server -d {shlex.quote(str(options.web))})"
+
+
 def export(options: Options) -> str:
     """Write, draw and describe a network, in a folder that is replaced as a whole; returns what was written where."""
+    options = files.expanded(options)
     checkpoint, folder = map(files.from_home, (Path("models_vA0/final"), *options.paths)[-2:])
     refuse(options, folder)
     import portable
@@ -268,12 +293,13 @@ def export(options: Options) -> str:
             files.flush(beside / name)
         for name in WRITTEN:
             (beside / name).replace(folder / name)
+    site = f"; {write_site(options, pipeline, sampling)}" if options.web else ""
     size = sum((folder / name).stat().st_size for name in WRITTEN) / 1e6
     if options.push:
         push(folder, options.push)
     pushed = f" and pushed to https://huggingface.co/{options.push}" if options.push else ""
     next_one = shlex.quote(options.push or str(folder))
-    return f"{folder} written, {size:.1f} MB{pushed}. Next: python test.py --checkpoint {next_one}"
+    return f"{folder} written, {size:.1f} MB{pushed}{site}. Next: python test.py --checkpoint {next_one}"
 
 
 def main() -> None:

@@ -117,7 +117,7 @@ def restore(path: Path, like: dict[str, dict]) -> dict[str, dict]:
     file, said, ((item, tree),) = path / "model.safetensors", about(path), like.items()
     if item != f"ema_{said['ema']}":
         raise CheckpointError(f"{path} holds the {said['ema']} average alone; take that, or export the other one")
-    stored = [_parts(_name(key), leaf.shape, said["dtype"]) for key, leaf in jax.tree.leaves_with_path(tree)]
+    expected = [_parts(name_of(key), leaf.shape, said["dtype"]) for key, leaf in jax.tree.leaves_with_path(tree)]
     try:
         if not file.is_file():
             raise CheckpointError(f"{path} is not whole: there is no file model.safetensors; copy it anew")
@@ -125,8 +125,8 @@ def restore(path: Path, like: dict[str, dict]) -> dict[str, dict]:
             what = f"its SHA-256 is {found[:12]}…, config.json says {said['sha256'][:12]}…"
             raise CheckpointError(f"{file} is not as it was written: {what}; copy both files anew")
         with safe_open(file, "numpy") as tensors:
-            _compare(file, tensors, {name: kind for parts in stored for name, kind in parts.items()})
-            weights = [_read([tensors.get_tensor(name) for name in parts]) for parts in stored]
+            _compare(file, tensors, {name: kind for parts in expected for name, kind in parts.items()})
+            weights = [_read([tensors.get_tensor(name) for name in parts]) for parts in expected]
     except SafetensorError as error:
         raise CheckpointError(f"{file} is damaged ({error}); copy it anew") from None
     except OSError as error:
@@ -138,7 +138,7 @@ def write(folder: Path, weights: dict, about: dict, *, dtype: str) -> None:
     """Write both files of a network; `about` says what a checkpoint does, and ema and sampling."""
     tensors = {}
     for key, leaf in jax.tree.leaves_with_path(jax.device_get(weights)):
-        tensors |= _stored(_name(key), np.asarray(leaf), dtype)
+        tensors |= stored(name_of(key), np.asarray(leaf), dtype)
     file = folder / "model.safetensors"
     file.write_bytes(save(tensors))  # save_file would let nobody else read it
     said = {**about, "format": FORMAT, "dtype": dtype, "sha256": sha256(file)}
@@ -146,7 +146,7 @@ def write(folder: Path, weights: dict, about: dict, *, dtype: str) -> None:
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _name(key: tuple) -> str:
+def name_of(key: tuple) -> str:
     return jax.tree_util.keystr(key, simple=True, separator=".")
 
 
@@ -157,7 +157,7 @@ def _parts(name: str, shape: tuple[int, ...], dtype: str) -> dict[str, tuple[str
     return {name: ("F32" if dtype == "float32" else "F16", shape)}
 
 
-def _stored(name: str, weight: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
+def stored(name: str, weight: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
     """The tensors of a float32 weight; CheckpointError where its numbers are beyond those of float16."""
     with np.errstate(over="ignore"):
         if dtype == "int8" and weight.ndim > 1:
@@ -165,13 +165,13 @@ def _stored(name: str, weight: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
             scale = exact.astype(np.float16)
             scale = np.where(scale < exact, np.nextafter(scale, np.float16(np.inf)), scale)  # so that |q| <= 127
             q = np.rint(weight / np.where(scale > 0, scale, 1).astype(np.float32)).astype(np.int8)
-            stored = {name: q, f"{name}.scale": scale}
+            parts = {name: q, f"{name}.scale": scale}
         else:
-            stored = {name: weight.astype(np.float32 if dtype == "float32" else np.float16)}
-    if not all(np.isfinite(part).all() for part in stored.values()):
+            parts = {name: weight.astype(np.float32 if dtype == "float32" else np.float16)}
+    if not all(np.isfinite(part).all() for part in parts.values()):
         largest = np.abs(weight).max()
         raise CheckpointError(f"{name} reaches {largest:.3g}, too large for {dtype}: export with --dtype float32")
-    return stored
+    return parts
 
 
 def _compare(file: Path, tensors: safe_open, expected: dict[str, tuple]) -> None:
