@@ -157,15 +157,20 @@ def _parts(name: str, shape: tuple[int, ...], dtype: str) -> dict[str, tuple[str
     return {name: ("F32" if dtype == "float32" else "F16", shape)}
 
 
+def quantized(weight: np.ndarray, axes: int | tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Whole numbers q, and a float16 scale for all numbers along some axes: weight is about q * scale."""
+    exact = np.abs(weight).max(axis=axes, keepdims=True) / np.float32(127)
+    scale = exact.astype(np.float16)
+    scale = np.where(scale < exact, np.nextafter(scale, np.float16(np.inf)), scale)  # so that |q| <= 127
+    return np.rint(weight / np.where(scale > 0, scale, 1).astype(np.float32)).astype(np.int8), scale
+
+
 def stored(name: str, weight: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
     """The tensors of a float32 weight; CheckpointError where its numbers are beyond those of float16."""
     with np.errstate(over="ignore"):
         if dtype == "int8" and weight.ndim > 1:
-            exact = np.abs(weight).max(axis=tuple(range(weight.ndim - 1))) / np.float32(127)
-            scale = exact.astype(np.float16)
-            scale = np.where(scale < exact, np.nextafter(scale, np.float16(np.inf)), scale)  # so that |q| <= 127
-            q = np.rint(weight / np.where(scale > 0, scale, 1).astype(np.float32)).astype(np.int8)
-            parts = {name: q, f"{name}.scale": scale}
+            q, scale = quantized(weight, tuple(range(weight.ndim - 1)))
+            parts = {name: q, f"{name}.scale": scale.reshape(-1)}
         else:
             parts = {name: weight.astype(np.float32 if dtype == "float32" else np.float16)}
     if not all(np.isfinite(part).all() for part in parts.values()):

@@ -79,13 +79,13 @@ class TextEncoder:
             if not (self.folder / file).is_file():
                 raise EncoderError(f"text encoder {name!r}: {self.folder} has no {file}.{WAYS}")
         config = read_config(self.folder / "config.json")
-        self._tokenizer = read_tokenizer(self.folder)
-        self._weights = read_weights(self.folder / "model.safetensors", config)
-        self._encode = functools.partial(bert, heads=config["num_attention_heads"], eps=config["layer_norm_eps"])
-        words, positions, _ = (self._weights["embeddings"][name] for name in EMBEDDING)
+        self.tokenizer = read_tokenizer(self.folder)
+        self.weights = read_weights(self.folder / "model.safetensors", config)
+        self.encode = functools.partial(bert, heads=config["num_attention_heads"], eps=config["layer_norm_eps"])
+        words, positions, _ = (self.weights["embeddings"][name] for name in EMBEDDING)
         self.max_length, self.dim = positions.shape
         self._named = set()  # unknown words that a warning was about
-        last = max([*self._tokenizer.get_vocab().values(), *self._tokenizer.encode("").ids])
+        last = max([*self.tokenizer.get_vocab().values(), *self.tokenizer.encode("").ids])
         if last >= len(words):  # JAX would clamp the index and say nothing
             many = f"{last + 1} tokens but {len(words)} embeddings"
             raise EncoderError(f"{self.folder}: tokenizer and model do not belong together, {many}")
@@ -98,11 +98,11 @@ class TextEncoder:
 
     def spelled(self, texts: list[str]) -> list[str]:
         """The texts as they are tokenized, with emoji by name; ValueError for what is no text."""
-        return [text if text.isascii() else spelled(text, self._tokenizer) for text in map(checked, texts)]
+        return [text if text.isascii() else spelled(text, self.tokenizer) for text in map(checked, texts)]
 
     def name_unknown(self, texts: list[str]) -> None:
         """Warn of texts, emoji already spelled, with words that the vocabulary lacks; once for each word."""
-        found = zip(texts, unknown_words(texts, self._tokenizer), strict=True)
+        found = zip(texts, unknown_words(texts, self.tokenizer), strict=True)
         found = [(text, words) for text, words in found if not self._named.issuperset(words)]
         if found:
             self._named.update(word for _, words in found for word in words)
@@ -116,7 +116,7 @@ class TextEncoder:
         """Word pieces and mask; a text of more than `length` tokens loses its end but keeps [SEP], with a warning."""
         if not 2 <= length <= self.max_length:
             raise ValueError(f"length is {length}; this encoder takes 2 ([CLS] and [SEP]) to {self.max_length} tokens")
-        pieces = [encoding.ids for encoding in self._tokenizer.encode_batch(self.spelled(texts))]
+        pieces = [encoding.ids for encoding in self.tokenizer.encode_batch(self.spelled(texts))]
         tokens = np.zeros((len(texts), length), np.int32)
         mask = np.zeros((len(texts), length), bool)
         for row, ids in enumerate(pieces):
@@ -136,7 +136,7 @@ class TextEncoder:
         text_emb = np.empty((len(tokens), length, self.dim), np.float32)
         for start in range(0, len(tokens), CHUNK):  # always the same shape, so always the same arithmetic
             rows = slice(start, start + CHUNK)
-            text_emb[rows] = jax.device_get(self._encode(self._weights, *jax.device_put((tokens[rows], mask[rows]))))
+            text_emb[rows] = jax.device_get(self.encode(self.weights, *jax.device_put((tokens[rows], mask[rows]))))
         return text_emb[: len(texts)], mask[: len(texts)]
 
 

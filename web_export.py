@@ -4,6 +4,7 @@
     site.json                     what it must know of this network: sizes, noise levels, captions
     unet.onnx.gz                  the network, for a picture under its caption and under the empty caption
     captions/N.f16.gz             vectors of the empty caption and of the N-th part of the captions, in float16
+    encoder.onnx.gz, words.json.gz   the text encoder, its weights in int8, and its vocabulary, for any other words
     runtime/                      onnxruntime-web, from its npm package
 
 The network computes in float32, from weights as portable.py stores them. What is large is packed here, because many
@@ -19,8 +20,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+import emoji
 import jax
 import numpy as np
+from tokenizers import Tokenizer
 
 import dataset
 import portable
@@ -31,6 +34,7 @@ from onnx_graph import to_onnx
 from params import Params, Sampling
 from pipeline import DiffusionPipeline
 from sources import packages
+from sources.names import name_of
 from text_encoder import TextEncoder
 
 PAGE = Path(__file__).resolve().parent / "web"
@@ -54,6 +58,40 @@ def unet(config: Params, weights: dict, dim: int, dtype: str) -> bytes:
     }
     stored = jax.tree.map_with_path(parts, jax.device_get(weights))
     return to_onnx(lambda weights, *inputs: network(config, weights)(*inputs), stored, inputs)
+
+
+def encoder_of(encoder: TextEncoder, length: int) -> bytes:
+    """The text encoder on one text as ONNX: tables and matrices in int8, a scale for each row, the rest in float16."""
+
+    def parts(weight: np.ndarray, axes: int) -> tuple[np.ndarray, ...]:
+        return portable.quantized(weight, -1) if weight.ndim == axes else (weight.astype(np.float16),)
+
+    whole = jax.device_get(encoder.weights)
+    stored = {  # layers are stacked
+        kind: {name: parts(weight, axes) for name, weight in whole[kind].items()}
+        for kind, axes in (("embeddings", 2), ("layers", 3))
+    }
+    inputs = {
+        "tokens": jax.ShapeDtypeStruct((1, length), np.int32),
+        "text_mask": jax.ShapeDtypeStruct((1, length), bool),
+    }
+    return to_onnx(encoder.encode, stored, inputs)
+
+
+def words_of(tokenizer: Tokenizer) -> dict | None:
+    """What text.js needs to make word pieces as `tokenizer` does, or None where it is not one of BERT's own kind."""
+    about = json.loads(tokenizer.to_str())
+    normal, model = about["normalizer"] or {}, about["model"]
+    kinds = normal.get("type"), (about["pre_tokenizer"] or {}).get("type"), model.get("type")
+    if kinds != ("BertNormalizer", "BertPreTokenizer", "WordPiece"):
+        return None
+    accents = normal["lowercase"] if normal["strip_accents"] is None else normal["strip_accents"]
+    names = {text: name_of(text) for text in emoji.EMOJI_DATA if text.removesuffix("\ufe0f") not in model["vocab"]}
+    return {
+        "vocabulary": model["vocab"], "unknown": model["unk_token"], "prefix": model["continuing_subword_prefix"],
+        "longest": model["max_input_chars_per_word"], "lowercase": normal["lowercase"], "strip_accents": accents,
+        "ends": tokenizer.encode("").ids, "names": names,
+    }  # fmt: skip
 
 
 def captions_of(pipeline: DiffusionPipeline) -> list[str]:
@@ -81,7 +119,10 @@ def write(site: Path, pipeline: DiffusionPipeline, sampling: Sampling, about: st
         beside, packed = Path(scratch), {}
         shutil.copytree(PAGE, beside, dirs_exist_ok=True)
         (beside / "runtime").mkdir()
-        runtime = packages.fetch(RUNTIME) / "dist"
+        try:
+            runtime = packages.fetch(RUNTIME) / "dist"
+        except packages.PackageError as error:
+            raise ValueError(f"--web: {error}") from error
         for main, engine in ENGINES.items():
             for script in (f"{main}.min.mjs", f"{engine}.mjs"):
                 shutil.copy(runtime / script, beside / "runtime" / script)
@@ -92,6 +133,9 @@ def write(site: Path, pipeline: DiffusionPipeline, sampling: Sampling, about: st
             part = ["", *captions[start : start + PART]]
             tokens, packed[f"captions/{len(parts)}.f16"] = embedded(part, encoder, config.TEXT_LEN)
             parts.append({"captions": part, "tokens": tokens})
+        if words := words_of(encoder.tokenizer):
+            packed["encoder.onnx"] = encoder_of(encoder, config.TEXT_LEN)
+            packed["words.json"] = json.dumps(words, ensure_ascii=False).encode()
 
         sizes, version = {}, hashlib.sha256()
         for name, content in packed.items():

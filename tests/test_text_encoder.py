@@ -194,7 +194,7 @@ def test_an_emoji_is_read_as_its_name(minilm, text, words):
 
 def test_no_emoji_is_unknown_and_emoji_of_two_names_differ(minilm):
     every = minilm.spelled([*emoji.EMOJI_DATA])
-    assert not any(text_encoder.unknown_words(every, minilm._tokenizer))
+    assert not any(text_encoder.unknown_words(every, minilm.tokenizer))
     tokens, _ = minilm.tokenize(every, LONG)
     names = {name_of(text).lower() for text in emoji.EMOJI_DATA}
     assert len(np.unique(tokens, axis=0)) > 0.99 * len(names)
@@ -204,7 +204,7 @@ def test_no_emoji_is_unknown_and_emoji_of_two_names_differ(minilm):
     "text", ["a red heart", "Coca-Cola™ ©", "♥ ♠ ♦ ♣", "naïve CAFÉ: 3½, 東京", "#1 *", "ab\u200dc"]
 )
 def test_what_the_vocabulary_has_is_tokenized_as_ever(minilm, text):
-    assert ids(minilm, text) == minilm._tokenizer.encode(text).ids
+    assert ids(minilm, text) == minilm.tokenizer.encode(text).ids
 
 
 def test_words_that_stay_unknown_are_named_once(tiny):
@@ -218,7 +218,7 @@ def test_words_that_stay_unknown_are_named_once(tiny):
     with pytest.warns(UserWarning, match="'no 8' has '8'; all such words"):
         encoder(["no 8"], LENGTH)
     texts, words = ["a b", "x" * 101, "b 7 9", ""], [[], ["x" * 101], ["7", "9"], []]
-    assert text_encoder.unknown_words(texts, encoder._tokenizer) == words
+    assert text_encoder.unknown_words(texts, encoder.tokenizer) == words
 
 
 @pytest.mark.parametrize("text", [None, ["cat"], Path("cat"), 7, b"cat", "half a \ud83d", "\udcff"])

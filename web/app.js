@@ -1,6 +1,6 @@
 // The page: what to draw, the drawing as it comes, and a gallery of what was drawn.
 
-import { matching } from "./text.js";
+import { matching, tidy } from "./text.js";
 
 const SHOWN = 12; // suggestions
 const KEPT = 60; // drawings in the gallery
@@ -77,17 +77,23 @@ page.form.onsubmit = (event) => {
 };
 
 function start(request) {
-  const [caption] = matching(request.prompt, captions);
-  if (!request.prompt || !caption) {
-    say("That is none of the captions that this network has learned. Try other words.");
+  const caption = captions.find((one) => tidy(one) === tidy(request.prompt));
+  page.offer.hidden = true;
+  if (!caption && !localStorage.encoder) {
+    page.offer.hidden = !request.prompt || !site.files["encoder.onnx"];
+    say("Choose a caption: these words are none of those that the network has learned.");
     return;
   }
-  page.prompt.value = caption;
   page.draw.disabled = true;
   started = performance.now();
   say("Drawing …");
-  worker.postMessage({ ...request, prompt: caption });
+  worker.postMessage({ ...request, prompt: caption ?? request.prompt });
 }
+
+page.fetch.onclick = () => {
+  localStorage.encoder = true;
+  start(asked());
+};
 
 function show(pixels) {
   const [height, width] = site.shape;
@@ -159,6 +165,8 @@ function follow() {
   if (wanted.prompt && page.form.reportValidity()) start(asked());
 }
 
+page.size.textContent = `${(site.files["encoder.onnx"] / 1e6).toFixed(0)} MB`;
+page.steps.max = Math.min(page.steps.max, site.schedule.alpha.length - 1);
 [page.canvas.height, page.canvas.width] = site.shape;
 page.about.textContent = site.about;
 page.draw.disabled = false;

@@ -42,7 +42,7 @@ const TAIL = [
 ];
 
 function inverseErf(x) {
-  const w = -Math.log1p(-x * x);
+  const w = -Math.log1p(-Math.fround(x * x)); // rounded as XLA rounds it, which tells near ±1
   const [z, coefficients] = w < 5 ? [w - 2.5, CENTRE] : [Math.sqrt(w) - 3, TAIL];
   return x * coefficients.reduce((sum, c) => sum * z + c);
 }

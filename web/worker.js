@@ -2,7 +2,7 @@
 
 import { keyOf, normal, split } from "./random.js";
 import { denoisedFrom, dpmpp2m, guided, timesteps, toPixels } from "./sampler.js";
-import { embeddingOf, fromHalves } from "./text.js";
+import { embeddingOf, fromHalves, tokenize } from "./text.js";
 
 const RUNTIMES = {
   webgpu: { main: "ort.webgpu.min.mjs", wasm: "ort-wasm-simd-threaded.asyncify" },
@@ -60,13 +60,24 @@ const runtime = once(async () => {
 const network = once(async () => (await runtime()).open("unet.onnx"));
 const vectors = once(async (number) => fromHalves(await load(`captions/${number}.f16`)));
 
-// Vectors of a caption and of the empty caption, which is the first in each part
+const encoder = once(async () => (await runtime()).open("encoder.onnx"));
+const words = once(async () => JSON.parse(new TextDecoder().decode(await load("words.json"))));
+
+async function encode(text) {
+  const [{ length }, { Tensor }, bert, known] = await Promise.all([site(), runtime(), encoder(), words()]);
+  const { tokens, mask } = tokenize(text, length, known);
+  const inputs = { tokens: new Tensor("int32", tokens, [1, length]), text_mask: new Tensor("bool", mask, [1, length]) };
+  return { emb: (await bert.run(inputs)).output.data, mask };
+}
+
+// Vectors of a caption, or of other words, and of the empty caption, which is the first in each part
 async function embed(prompt) {
   const { parts, length, dim } = await site();
-  const number = parts.findIndex(({ captions }) => captions.includes(prompt));
-  if (number < 0) throw new Error(`“${prompt}” is none of the captions`);
+  const found = parts.findIndex(({ captions }) => captions.includes(prompt));
+  const number = Math.max(found, 0);
   const table = { ...parts[number], vectors: await vectors(number), length, dim };
-  return [embeddingOf(table.captions.indexOf(prompt), table), embeddingOf(0, table)];
+  const own = found < 0 ? await encode(prompt) : embeddingOf(table.captions.indexOf(prompt), table);
+  return [own, embeddingOf(0, table)];
 }
 
 function joined(a, b) {
