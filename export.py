@@ -255,7 +255,7 @@ def write_site(options: Options, pipeline: DiffusionPipeline, sampling: Sampling
     import web_export
 
     pictures = re.sub(r"\[(.+?)\]\(.+?\)", r"\1", " ".join(credit(pipeline.config.vendor.split("+"))))
-    about = f"{name_of(options)}, trained on pictures of {pictures}"
+    about = f"The network, {name_of(options)}, has learned from these pictures: {pictures}"
     dtype = "int8" if options.dtype == "int8" else "float16"
     size = web_export.write(options.web, pipeline, pipeline.resolved(sampling), about, dtype=dtype)
     return f"{options.web} written, {size / 1e6:.1f} MB (python -m http.server -d {shlex.quote(str(options.web))})"

@@ -272,7 +272,7 @@ def test_halves(node):
 def test_words_become_the_tokens_of_the_tokenizer(node, tmp_path, lowercase):
     encoder = TextEncoder(str(tiny_bert(tmp_path / "bert")))
     pieces = [*"abcdefghijklmnopqrstuvwxyz"] + [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
-    pieces += ["heart", "##ing", "-", "!", "中", "É", "é", "™", "dog", "face", "#", "1"]
+    pieces += ["heart", "##ing", "-", "!", "中", "É", "é", "σ", "##σ", "™", "dog", "face", "#", "1"]
     spec = json.loads(encoder.tokenizer.to_str())
     spec["normalizer"]["lowercase"] = lowercase
     for piece in pieces:
@@ -280,7 +280,7 @@ def test_words_become_the_tokens_of_the_tokenizer(node, tmp_path, lowercase):
     encoder.tokenizer = type(encoder.tokenizer).from_str(json.dumps(spec))
     texts = [
         "", "red heart", "Hearting  hearts\theart-ing!", "un😀known ß ÉCOLE éa e\u0301", "my 🐶", "中heart中",
-        "a" * 101, "☺️™ #️⃣ *️⃣ 1", "zero\u200bwidth \u00a0 nbsp", "$5 <b> `x`",
+        "a" * 101, "☺️™ #️⃣ *️⃣ 1", "zero\u200bwidth \u00a0 nbsp", "$5 <b> `x` ΣΣ",
         "a b c d e f g h i j k l m n o p q r s t",
     ]  # fmt: skip
     known = web_export.words_of(encoder.tokenizer)

@@ -81,7 +81,7 @@ function start(request) {
   page.offer.hidden = true;
   if (!caption && !localStorage.encoder) {
     page.offer.hidden = !request.prompt || !site.files["encoder.onnx"];
-    say("Choose a caption: these words are none of those that the network has learned.");
+    say("The network has not learned this caption.");
     return;
   }
   page.draw.disabled = true;
@@ -113,6 +113,7 @@ worker.onmessage = ({ data }) => {
     say(`Step ${data.step} of ${data.of}`);
   } else {
     page.draw.disabled = false;
+    page.progress.removeAttribute("value");
     loading.clear();
     if (data.error) {
       say(data.error);

@@ -44,9 +44,9 @@ function spelled(text, names) {
 }
 
 function normalized(text, { lowercase, strip_accents }) {
-  text = text.replace(/[\t\n\r]/g, " ").replace(/[\p{C}\ufffd]/gu, "").replace(CHINESE, " $& ");
+  text = text.replace(/[\t\n\r]/g, " ").replace(/[\p{Cc}\p{Cf}\p{Co}\ufffd]/gu, "").replace(CHINESE, " $& ");
   if (strip_accents) text = text.normalize("NFD").replace(/\p{Mn}/gu, "");
-  return lowercase ? text.toLowerCase() : text;
+  return lowercase ? [...text].map((letter) => letter.toLowerCase()).join("") : text; // Σ is σ, also at the end of a word
 }
 
 // The longest pieces that the vocabulary has, from the left; one unknown piece for a word that has none
