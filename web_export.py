@@ -1,11 +1,11 @@
 """A folder of static files that draws in a browser: `python export.py CHECKPOINT FOLDER --web SITE`.
 
-    index.html, style.css, *.js   the page, from web/ of this repository
-    site.json                     what it must know of this network: sizes, noise levels, captions
-    unet.onnx.gz                  the network, for a picture under its caption and under the empty caption
-    captions/N.f16.gz             vectors of the empty caption and of the N-th part of the captions, in float16
-    encoder.onnx.gz, words.json.gz   the text encoder, its weights in int8, and its vocabulary, for any other words
-    runtime/                      onnxruntime-web, from its npm package
+    index.html, style.css, *.js      the page, from web/ of this repository
+    site.json                        what it must know of this network: sizes, noise levels, captions
+    unet.onnx.gz                     the network, for a picture under its caption and under the empty caption
+    captions/N.f16.gz                vectors of the empty caption and of the N-th part of the captions, in float16
+    encoder.onnx.gz, words.json.gz   the text encoder and its vocabulary, for any other words
+    runtime/                         onnxruntime-web, from its npm package
 
 The network computes in float32, from weights as portable.py stores them. What is large is packed here, because many
 hosts send files as they are, and is asked for with its version, so that a browser may keep it for good.
