@@ -41,6 +41,11 @@ class State(NamedTuple):
     before: Images  # the estimate before that one
 
 
+def initial_state(noisy: Images) -> State:
+    """Before the first step: noise, and no estimates yet."""
+    return State(noisy, *jnp.zeros((2, *noisy.shape)))
+
+
 Loop = tuple[Callable[[State, tuple], State], tuple]  # the next state, given what is known of a step; that of all steps
 
 
@@ -195,8 +200,7 @@ class Solver(NamedTuple):
 
     def solve(self, denoise: Denoise, schedule: Schedule, noisy: Images, timesteps: Times, fresh: FreshNoise) -> State:
         """From `noisy` at timesteps[0] to the image at the last timestep."""
-        state = State(noisy, *jnp.zeros((2, *noisy.shape)))
-        return take_steps(self.loop(denoise, schedule, timesteps, fresh), state, 0, len(timesteps) - 1)
+        return take_steps(self.loop(denoise, schedule, timesteps, fresh), initial_state(noisy), 0, len(timesteps) - 1)
 
 
 def take_steps(loop: Loop, state: State, done: Int[Array, ""] | int, until: Int[Array, ""] | int) -> State:

@@ -20,7 +20,7 @@ from guidance import classifier_free, inpaint, limit_to_interval, threshold
 from images import to_bytes, to_float
 from model import network
 from params import Params
-from samplers import SOLVERS, FreshNoise, Images, State, take_steps
+from samplers import SOLVERS, FreshNoise, Images, State, initial_state, take_steps
 
 
 class Request(NamedTuple):
@@ -77,7 +77,7 @@ def build_sampler(config: Params, guide: Params | None = None) -> Sampler:
         if controls.image is not None:
             image = jnp.broadcast_to(to_float(controls.image), noisy.shape)
             noisy = schedules.add_noise(schedule, image, noisy, jnp.full(len(noisy), t))
-        return State(noisy, *jnp.zeros((2, *noisy.shape)))
+        return initial_state(noisy)
 
     @partial(jax.jit, static_argnames=("sampler", "timesteps"))
     def go_on(weights, guide_weights, request, controls, state, done, until, *, sampler, timesteps):
