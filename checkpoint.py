@@ -3,7 +3,8 @@
     models_vA0/epoch10/   ema_short, ema_long   averaged weights; a sampler reads one of them
                           train                 weights, optimizer state, step
                           about                 JSON: configuration, encoder, schedule, dataset, prompts, epoch, step
-                          checksums.json        SHA-256 of every other file, compared before anything is read
+                          checksums.json        SHA-256 of every file above, compared before anything is read
+                          sampling.json         how it is best sampled, once `evaluate.py --recommend` has found that
 
 Orbax writes copies of the arrays in the background, into the folder `.unfinished`. When all is written, the checkpoint
 gets its checksums and moves to its name. One that had this name moves to `.replaced` for that moment and can be read
@@ -25,7 +26,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from files import flush, parsed, sha256
+from files import flush, parsed, replacing, sha256
+from params import Sampling
 from portable import ABOUT, CheckpointError, checked
 
 ITEMS = ("ema_short", "ema_long", "train", "about")
@@ -173,7 +175,19 @@ def _delete_before(path: Path, keep: int) -> None:
 
 def about(path: Path) -> dict:
     """The JSON part of a checkpoint; CheckpointError names a field of it that is missing or wrong."""
-    return checked(_read(path, {"about": ocp.args.JsonRestore()})["about"], path, ABOUT)
+    said = checked(_read(path, {"about": ocp.args.JsonRestore()})["about"], path, ABOUT)
+    beside = _located(_real(path))[0] / "sampling.json"
+    try:
+        sampling = parsed(beside.read_bytes()) if beside.exists() else {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{beside} cannot be read ({error}): delete it, the defaults stand in") from None
+    return checked(said | {"sampling": sampling}, path, {"sampling": Sampling.from_json})
+
+
+def recommend(path: Path, sampling: Sampling) -> None:
+    """Let a checkpoint say from now on how it is best sampled."""
+    with replacing(path / "sampling.json") as beside:
+        beside.write_text(json.dumps(sampling.to_json()))
 
 
 def restore(path: Path, like: dict[str, dict]) -> dict[str, dict]:
@@ -281,9 +295,9 @@ def _verify(folder: Path, items: Iterable[str]) -> None:
 
 
 def _files(folder: Path) -> list[str]:
-    """All files of a checkpoint but checksums.json."""
+    """The files of a checkpoint that checksums.json lists."""
     files = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
-    return sorted(name for name in files if name != "checksums.json")
+    return sorted(name for name in files if name not in ("checksums.json", "sampling.json"))
 
 
 def _orbax() -> ocp.AsyncCheckpointer:

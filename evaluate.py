@@ -4,6 +4,7 @@
     python evaluate.py --report results --samples 500      everything on one page: results/report.html
     python evaluate.py --checkpoint models_vA0             loss and copies over time: every checkpoint of that run
     python evaluate.py --compare a/results.json b/results.json
+    python evaluate.py --recommend 1 2 3 5 7               which guidance draws best; the checkpoint keeps it as its own
 
 Caption accuracy is the share of training captions whose sample is nearer, pixel by pixel, to its own training picture
 than to any other. With the captions shuffled it must fall to chance. A report adds held-out and invented captions,
@@ -19,7 +20,8 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
@@ -48,6 +50,7 @@ class Options:
     checkpoint: Path = Path("models_vA0/final")  # of train.py, of a whole run, of export.py, or USER/NAME on the hub
     report: Path | None = None  # folder for report.html and results.json
     compare: tuple[Path, ...] = ()  # results.json of two or more reports, to set side by side
+    recommend: tuple[float, ...] = ()  # guidance (c) to choose from, on held-out captions, for this checkpoint
     encoder: str | None = None  # where the text encoder is, if no longer where the checkpoint was trained
     data: Path | None = None  # dataset, where it is no longer where the checkpoint was trained
     samples: int = 256  # pictures to sample
@@ -228,6 +231,40 @@ def in_features(
 # What is written.
 
 
+def recommend(subject: Subject) -> None:
+    """Keep in a checkpoint which guidance draws held-out captions best, after printing what each one gives.
+
+    That is the one of lowest KID among those whose drawings are recognised as often as any, as far as the errors tell.
+    """
+    import checkpoint
+    import portable
+    from evaluation import features
+    from evaluation.scores import difference, find
+
+    if not subject.path.is_dir():
+        raise ValueError(f"--recommend: {subject.path} is not a folder here, which could keep it; download it first")
+    options, names = subject.options, {on: side.names for on, side in subject.real.items()}
+    sets = {"held-out": evenly(names["held-out"], options.samples // 2)}
+    sets["training"] = evenly(names["training"], options.samples - len(sets["held-out"].texts))
+    columns = (("KID", "held-out"), ("R-precision, top 5", "held-out"), ("caption accuracy, top 1", "training"))
+    extractor, found = features.load(), []
+    print("".join(f"{title:26}" for title in ("guidance", *(f"{name}, {on}" for name, on in columns))))
+    for c in options.recommend:
+        tried = subject._replace(options=replace(options, sampling=replace(options.sampling, c=c)))
+        scores = in_features(tried, extractor, sets, samples_of(tried, sets))
+        kid, recognised, steered = (find(scores, *column) for column in columns)
+        if not kid or not recognised:
+            raise ValueError("--recommend: the data hold out too few captions to choose by")
+        found.append((tried.options.sampling, kid, recognised))
+        print(f"{c:<26g}" + "".join(f"{score.show():26}" for score in (kid, recognised, steered)), flush=True)
+
+    most = max((recognised for _, _, recognised in found), key=lambda score: score.value.value)
+    good = [each for each in found if not difference(each[2], most, paired=True)]
+    best, *_ = min(good, key=lambda each: each[1].value.value)
+    (portable if portable.is_exported(subject.path) else checkpoint).recommend(subject.path, best)
+    print(f"{subject.path} recommends {best.told()}. Next: python test.py --checkpoint {subject.path}")
+
+
 def caption_accuracy(subject: Subject) -> None:
     """Print how often the nearest training picture is the caption's own, beside shuffled captions and chance."""
     import numpy as np
@@ -237,7 +274,8 @@ def caption_accuracy(subject: Subject) -> None:
 
     n, chosen = len(subject.real["training"].names), evenly(subject.real["training"].names, subject.options.samples)
     distance = metrics.distances(samples_of(subject, {"": chosen})[""], subject.images["training"])
-    print(f"{len(distance)} captions of {n} training pictures, guidance {subject.options.sampling.c:g}")
+    told = subject.pipeline.resolved(subject.options.sampling).told()
+    print(f"{len(distance)} captions of {n} training pictures, {told}")
     print(f"{'':22}{'nearest':>9}{'top 5':>9}{'median rank':>13}")
     for label, rows in (("its own caption", np.array(chosen.own)), ("captions shuffled", shuffled(chosen.own))):
         rank = metrics.ranks(distance, rows)
@@ -317,16 +355,26 @@ def evaluate(options: Options) -> None:
     over_time = [point_of_curve(load(path, options)) for path in run]
     if run:
         print(report.curve(over_time))
-    if options.report or not run:
+    if options.report or options.recommend or not run:
         subject = load(run[-1] if run else options.checkpoint, options)
-        write_report(subject, over_time) if options.report else caption_accuracy(subject)
+        if options.recommend:
+            recommend(subject)
+        elif options.report:
+            write_report(subject, over_time)
+        else:
+            caption_accuracy(subject)
 
 
 def main() -> None:
     files.secure_streams()
     try:
-        options = tyro.cli(Options, description=__doc__, use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,))
+        settings = {"description": __doc__, "use_underscores": True, "config": (tyro.conf.FlagCreatePairsOff,)}
+        options = tyro.cli(Options, **settings)
         import parallel
+        from pipeline import CheckpointError, recommended
+
+        with suppress(CheckpointError):  # of the folder of a run, whose checkpoints are to be sampled alike
+            options = tyro.cli(Options, default=Options(sampling=recommended(options.checkpoint)), **settings)
 
         parallel.setup()
         evaluate(files.expanded(options))

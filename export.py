@@ -26,7 +26,6 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # with PYTHONSAFEPATH=1 Python does not
 
 import files
-from params import Sampling
 
 if TYPE_CHECKING:
     from pipeline import DiffusionPipeline
@@ -64,19 +63,16 @@ It reads words through the text encoder `{encoder}`, which is not in this folder
 ![{drawings} drawings of this model, with their captions](grid.png)
 
 Nobody chose among these drawings. Their captions are those of the sample grids of training: evenly spaced among the
-training captions and, if the data holds captions out, among those. Each is drawn once, from seed 0, with
-`{sampling}`.
+training captions and, if the data holds captions out, among those. Each is drawn once, from seed 0, with {sampling}.
 
 ## Draw
 
 You need emoji-diffusion, the programs that wrote this folder. In their folder:
 
 ```python
-from params import Sampling
 from pipeline import DiffusionPipeline
 
-pipeline = DiffusionPipeline("{name}")
-pipeline.generate_image({prompt}, "drawing.png", sampling={sampling})
+DiffusionPipeline("{name}").generate_image({prompt}, "drawing.png")
 ```
 
 Or in a shell: `{shell}`
@@ -166,7 +162,7 @@ def results(found: dict, pipeline: DiffusionPipeline) -> str:
     return f"By `{command}`{of}.\n\n{report.answers(found)['Is it good?']}\n\n{table}"
 
 
-def card(options: Options, pipeline: DiffusionPipeline, sampling: Sampling, found: dict | None) -> str:
+def card(options: Options, pipeline: DiffusionPipeline, found: dict | None) -> str:
     """The text of README.md, a model card of the Hugging Face hub.
 
     pipeline draws with the weights as written; found is a report on these, or on those before they were written.
@@ -187,18 +183,15 @@ def card(options: Options, pipeline: DiffusionPipeline, sampling: Sampling, foun
     pictures = [f"{many:,} captioned pictures:" if many else "Captioned pictures:", ""]
     pictures += [f"- {one}" for one in credit(vendors)]
     pictures += ["", "The captions are the English names of emoji in Unicode's CLDR."] if known else []
-    changed = {field: it for field, it in vars(sampling).items() if field == "c" or it != getattr(Sampling(), field)}
-    words = ((f"--{field}", *map(str, it if isinstance(it, tuple) else [it])) for field, it in changed.items())
-    flags, local = " ".join(map(shlex.join, words)), Path(config.encoder).is_absolute()
-    measure = f"`python evaluate.py --checkpoint {name} --report results {flags}`"
+    local, measure = Path(config.encoder).is_absolute(), f"`python evaluate.py --checkpoint {name} --report results`"
     return CARD.format(
         metadata=metadata.to_yaml(), title=Path(name).name, name=name, config=config, dtype=about["dtype"],
         weights=sum(leaf.size for leaf in jax.tree.leaves(pipeline.weights)),
         encoder=Path(config.encoder).name if local else config.encoder,
         fetched="Say with `encoder=` where it is." if local else "It is fetched when it is first needed.",
         drawings=len(about["prompts"]), prompt=json.dumps(about["prompts"][0], ensure_ascii=False),
-        sampling=f"Sampling({', '.join(f'{field}={it!r}' for field, it in changed.items())})",
-        shell=f"python test.py --checkpoint {name} --prompts {shlex.quote(about['prompts'][0])} {flags}",
+        sampling=pipeline.resolved(None).told(),
+        shell=f"python test.py --checkpoint {name} --prompts {shlex.quote(about['prompts'][0])}",
         pictures="\n".join(pictures), steps=about["step"], minutes=about["seconds"] / 60,
         passes=f"Each picture was seen about {about['step'] * config.B / many:,.0f} times. " if many else "",
         share=getattr(config, f"ema_{pipeline.ema}"),
@@ -250,14 +243,14 @@ def push(folder: Path, name: str) -> None:
         ) from error
 
 
-def write_site(options: Options, pipeline: DiffusionPipeline, sampling: Sampling) -> str:
+def write_site(options: Options, pipeline: DiffusionPipeline) -> str:
     """Write the site that draws in the browser; returns what was written and how to see it."""
     import web_export
 
     pictures = re.sub(r"\[(.+?)\]\(.+?\)", r"\1", " ".join(credit(pipeline.config.vendor.split("+"))))
     about = f"The network, {name_of(options)}, has learned from these pictures: {pictures}"
     dtype = "int8" if options.dtype == "int8" else "float16"
-    size = web_export.write(options.web, pipeline, pipeline.resolved(sampling), about, dtype=dtype)
+    size = web_export.write(options.web, pipeline, pipeline.resolved(None), about, dtype=dtype)
     return f"{options.web} written, {size / 1e6:.1f} MB (python -m http.server -d {shlex.quote(str(options.web))})"
 
 
@@ -274,26 +267,23 @@ def export(options: Options) -> str:
     for field in ("encoder", "data"):
         if Path(where := getattr(pipeline.config, field)).is_absolute():
             print(f"note: config.json will tell everybody that {field} was {where}", file=sys.stderr)
-    try:
-        sampling = Sampling.from_json(pipeline.about.get("sampling", {}))
-    except ValueError as error:
-        raise ValueError(f"{checkpoint}: the sampling that it recommends: {error}") from None
-    about, prompts = {**pipeline.about, "ema": pipeline.ema, "sampling": sampling.to_json()}, pipeline.about["prompts"]
+    prompts = pipeline.about["prompts"]
+    about = {**pipeline.about, "ema": pipeline.ema, "sampling": pipeline.sampling.to_json()}
     files.writable(folder)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.resolve().parent) as beside:
         beside = Path(beside)
         portable.write(beside, pipeline.weights, about, dtype=options.dtype)
         written = DiffusionPipeline(beside, options.encoder)
-        images = written.generate_images(prompts, sampling)
+        images = written.generate_images(prompts)
         save_png(captioned_grid(images, prompts, columns=6, cell=128), beside / "grid.png")
         folders = [folder, checkpoint.parent, *sorted(path for path in checkpoint.parent.glob("*") if path.is_dir())]
         found = measured(folders, {written.hash, pipeline.hash})
-        (beside / "README.md").write_text(card(options, written, sampling, found), encoding="utf-8")
+        (beside / "README.md").write_text(card(options, written, found), encoding="utf-8")
         for name in WRITTEN:
             files.flush(beside / name)
         for name in WRITTEN:
             (beside / name).replace(folder / name)
-    site = f"; {write_site(options, pipeline, sampling)}" if options.web else ""
+    site = f"; {write_site(options, pipeline)}" if options.web else ""
     size = sum((folder / name).stat().st_size for name in WRITTEN) / 1e6
     if options.push:
         push(folder, options.push)

@@ -196,7 +196,7 @@ class Sampling(Fields):
     eta: float | None = within(None, 0, 1)  # share of fresh noise; if nothing is said, 1 for ddpm, dpmpp_2m_sde, else 0
     temperature: float = within(1.0, 0, 10)  # size of the fresh noise
     rescale: float = within(0.0, 0, 1)  # share by which the contrast that guidance adds is taken back
-    interval: tuple[float, float] = (0.0, 1.0)  # noise levels t / T that are guided
+    interval: tuple[float, float] = (0.5, 1.0)  # noise levels t / T that are guided; 0 1 are all
     percentile: float | None = within(None, 0, 1)  # dynamic thresholding; if nothing is said, estimates are clipped
 
     def __post_init__(self):
@@ -210,3 +210,9 @@ class Sampling(Fields):
         object.__setattr__(self, "interval", ends)
         if self.negative_prompt and self.c == 1:
             raise ValueError(f"negative_prompt = {self.negative_prompt!r} does nothing at c = 1: raise c or omit it")
+
+    def told(self) -> str:
+        """In a few words, what decides most."""
+        low, high = self.interval
+        where = f" at noise levels {low:g} to {high:g}" if self.c != 1 and self.interval != (0, 1) else ""
+        return f"guidance {self.c:g}{where}, {self.sampler}, {self.steps} steps"

@@ -16,6 +16,7 @@ from functools import cached_property, partial
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -94,11 +95,12 @@ class DiffusionPipeline:
     def from_weights(cls, config: Params, encoder: TextEncoder, weights: dict):
         """A pipeline around a network that is in memory already."""
         self = cls.__new__(cls)
-        self._assemble(_Network({"config": config.to_json()}, config, encoder, weights))
+        self._assemble(_Network({"config": config.to_json(), "sampling": {}}, config, encoder, weights))
         return self
 
     def _assemble(self, own: "_Network", guide: "_Network | None" = None) -> None:
         self.about, self.config, self.encoder, self.weights, self.ema = own
+        self.sampling = Sampling.from_json(self.about["sampling"])  # unless a call says otherwise
         self._guide, self.shape = guide, (self.config.H, self.config.W, self.config.CHANNELS)
         self.schedule = schedules.from_config(self.config)
         self.batch = 16 if parallel.on_accelerator() else 1  # pictures per call; a CPU is as fast with one as with many
@@ -121,8 +123,8 @@ class DiffusionPipeline:
     ) -> Image.Image:  # fmt: skip
         """Sample one prompt; with output_path, write it as a PNG that remembers how it was made.
 
-        cfg and c: classifier-free guidance and its strength, 7 if nothing is said. All other choices are fields of
-        `sampling`; those given by name here take precedence. edit: a picture to start from.
+        cfg and c: classifier-free guidance and its strength. All other choices are fields of `sampling`; those given by
+        name here take precedence. What nobody says is as the checkpoint recommends. edit: a picture to start from.
         """
         if output_path is not None:
             path = from_home(output_path)
@@ -131,7 +133,7 @@ class DiffusionPipeline:
             writable(path.parent)
         named = dict(c=c if cfg else 1.0, steps=steps, sampler=sampler, eta=eta, negative_prompt=negative_prompt)
         named = {field: value for field, value in named.items() if value is not None}
-        sampling = dataclasses.replace(sampling or Sampling(), **named)
+        sampling = dataclasses.replace(sampling or self.sampling, **named)
         image = self.generate_images([prompt], sampling, seeds=seed, edit=edit)[0]
         if output_path is not None:
             save_png(image, path, self.metadata(prompt, seed, sampling, edit))
@@ -180,7 +182,7 @@ class DiffusionPipeline:
         """
         if not 2 <= frames <= 1000:
             raise ValueError(f"frames = {frames}: allowed are whole numbers from 2 to 1000")
-        if seeds[0] != seeds[1] and self.resolved(sampling or Sampling()).eta > 0:
+        if seeds[0] != seeds[1] and self.resolved(sampling).eta > 0:
             raise ValueError("eta is above 0: fresh noise has no way between seeds; take eta = 0 or one seed")
         prompts = list(dict.fromkeys(map(checked, prompts)))  # of two that are equal, one estimate is enough
         share = np.linspace(0, 1, frames, dtype=np.float32)
@@ -198,12 +200,13 @@ class DiffusionPipeline:
         self, prompt: str, seed: int, sampling: Sampling | None = None, edit: Edit | None = None
     ) -> dict[str, str]:
         """How a picture is sampled: the text that its PNG carries, and that `python test.py --like FILE` reads."""
-        sampling = self.resolved(sampling or Sampling()).to_json()
+        sampling = self.resolved(sampling).to_json()
         about = {"prompt": prompt, "seed": str(seed), "sampling": json.dumps(sampling), "checkpoint": self.hash}
         return about | ({"strength": str(edit.share)} if edit else {})
 
-    def resolved(self, sampling: Sampling) -> Sampling:
-        """`sampling` with nothing left open."""
+    def resolved(self, sampling: Sampling | None) -> Sampling:
+        """`sampling`, or if None what the checkpoint recommends, with nothing left open."""
+        sampling = sampling or self.sampling
         eta = SOLVERS[sampling.sampler].eta if sampling.eta is None else sampling.eta
         steps = min(STEPS, self.config.T) if sampling.steps is None else sampling.steps
         return dataclasses.replace(sampling, eta=eta, steps=steps)
@@ -226,7 +229,7 @@ class DiffusionPipeline:
         for seed in (seed for each in seeds for seed in each):
             if not (isinstance(seed, int | np.integer) and 0 <= seed < 2**31):
                 raise ValueError(f"seed = {seed}: allowed are whole numbers from 0 to {2**31 - 1}")
-        sampling, guide = self.resolved(sampling or Sampling()), self._guide
+        sampling, guide = self.resolved(sampling), self._guide
         if guide is not None and sampling.negative_prompt:
             raise ValueError("negative_prompt and a guide exclude each other: both say what to steer away from")
 
@@ -284,14 +287,24 @@ class _Network(NamedTuple):
     ema: str = ""  # which average of the weights it has
 
 
-def _load(name: str | Path, encoder: TextEncoder | str | None, ema: str | None) -> _Network:
-    """The network of a checkpoint with averaged weights, and its text encoder or the one given (a name or folder)."""
+def recommended(name: str | Path) -> Sampling:
+    """How a checkpoint is best sampled: what `evaluate.py --recommend` or its author found, or the defaults."""
+    return Sampling.from_json(_opened(name)[2]["sampling"])
+
+
+def _opened(name: str | Path) -> tuple[Path, ModuleType, dict]:
+    """Where a checkpoint is, the module that reads it, and what it says about itself."""
     path = portable.locate(name)
     if portable.is_exported(path):
         source = portable
     else:
         import checkpoint as source  # only here: Orbax takes long to import, and an exported folder needs none
-    about = source.about(path)
+    return path, source, source.about(path)
+
+
+def _load(name: str | Path, encoder: TextEncoder | str | None, ema: str | None) -> _Network:
+    """The network of a checkpoint with averaged weights, and its text encoder or the one given (a name or folder)."""
+    path, source, about = _opened(name)
     try:
         config = Params.from_json(about["config"])
         if about["schedule"] != {"name": schedules.NAME, "T": config.T}:

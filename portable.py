@@ -23,7 +23,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from files import from_home, open_regular, parsed, sha256
+from files import from_home, open_regular, parsed, replacing, sha256
 from params import Sampling
 
 FORMAT = "emoji-diffusion 1"  # of both files; any change of what they mean needs another number
@@ -42,7 +42,7 @@ ABOUT = {  # what a network must say about itself, in a checkpoint and in config
 EXPORTED = {  # what config.json says besides
     "ema": lambda it: it in ("short", "long"),  # which average of the weights it is
     "dtype": lambda it: it in tuple(STORED),
-    "sampling": Sampling.from_json,  # that its author recommends
+    "sampling": Sampling.from_json,  # that is recommended
     "sha256": lambda it: isinstance(it, str),  # of model.safetensors
 }
 HUB = r"(?P<name>\w[\w.-]*/(?!(epoch\d+|final|stopped)$)\w[\w.-]*)(@(?P<revision>[\w./-]+))?"  # not a run's checkpoint
@@ -112,6 +112,11 @@ def about(path: Path) -> dict:
     return checked(found, path, ABOUT | EXPORTED)
 
 
+def recommend(path: Path, sampling: Sampling) -> None:
+    """Let config.json say from now on how the network is best sampled."""
+    _write_config(path / "config.json", about(path) | {"sampling": sampling.to_json()})
+
+
 def restore(path: Path, like: dict[str, dict]) -> dict[str, dict]:
     """The averaged weights, in the structure of `like`, {"ema_short": tree} or {"ema_long": tree}, as float32."""
     file, said, ((item, tree),) = path / "model.safetensors", about(path), like.items()
@@ -141,9 +146,13 @@ def write(folder: Path, weights: dict, about: dict, *, dtype: str) -> None:
         tensors |= stored(name_of(key), np.asarray(leaf), dtype)
     file = folder / "model.safetensors"
     file.write_bytes(save(tensors))  # save_file would let nobody else read it
-    said = {**about, "format": FORMAT, "dtype": dtype, "sha256": sha256(file)}
-    text = json.dumps(said, indent=1, ensure_ascii=False, allow_nan=False)
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    _write_config(folder / "config.json", about | {"format": FORMAT, "dtype": dtype, "sha256": sha256(file)})
+
+
+def _write_config(path: Path, about: dict) -> None:
+    with replacing(path) as beside:
+        text = json.dumps(about, indent=1, ensure_ascii=False, allow_nan=False)
+        beside.write_text(text + "\n", encoding="utf-8")
 
 
 def name_of(key: tuple) -> str:

@@ -56,8 +56,7 @@ def main() -> None:
     settings = {"description": __doc__, "use_underscores": True, "config": (tyro.conf.FlagCreatePairsOff,)}
     try:
         options = tyro.cli(Options, **settings)
-        if options.like:
-            options = tyro.cli(Options, default=remembered(files.from_home(options.like)), **settings)
+        options = tyro.cli(Options, default=defaults(options), **settings)
         print(run(files.expanded(options)))
     except (ValueError, OSError) as error:
         sys.exit(f"test.py: {error}")
@@ -65,9 +64,18 @@ def main() -> None:
         sys.exit("\ninterrupted: nothing but whole pictures was written")
 
 
+def defaults(options: Options) -> Options:
+    """What is sampled where the command line says nothing: as --like was, or as the checkpoint recommends."""
+    from pipeline import recommended  # imported here, as all that is slow, so that --help is instant
+
+    if options.like:
+        return remembered(files.from_home(options.like))
+    return Options(recommended(options.checkpoint))
+
+
 def text_of(path: Path) -> dict[str, str]:
     """The text that a PNG carries: how it was sampled."""
-    from images import reading  # imported here, as all that is slow, so that --help is instant
+    from images import reading
 
     with reading(path) as picture:
         return dict(getattr(picture, "text", {}))
@@ -147,8 +155,9 @@ def sample(options: Options, pipeline: "DiffusionPipeline", prompts: Sequence[st
         if options.animate:
             save_gif(films[number], path.with_suffix(".gif"), cell=options.size)
     path, gifs = options.output / "grid.png", " with a GIF each" if options.animate else ""
+    told = pipeline.resolved(sampling).told()
     save_png(captioned_grid(images, prompts, columns=6, cell=options.size), path)
-    return f"{path} and {len(prompts)} pictures beside it{gifs} written; {seconds:.1f} s to sample them"
+    return f"{path} and {len(prompts)} pictures beside it{gifs} written; {seconds:.1f} s to sample them with {told}"
 
 
 def interpolate(options: Options, pipeline: "DiffusionPipeline", prompt: str) -> str:

@@ -68,7 +68,7 @@ def test_what_is_saved_is_restored_in_its_structure_and_dtypes(tmp_path):
     checkpoint.Saver().save(
         path, {"ema_short": ones, "ema_long": ones, "train": train}, ABOUT | {"words": words}, now=True
     )
-    assert checkpoint.about(path) == ABOUT | {"words": words}
+    assert checkpoint.about(path) == ABOUT | {"words": words, "sampling": {}}
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), train)
     found = checkpoint.restore(path, {"train": shapes})
     assert found.keys() == {"train"}

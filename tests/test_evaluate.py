@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import shutil
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -562,8 +563,30 @@ def test_an_exported_folder_is_evaluated_as_its_checkpoint_with_the_one_average_
 def test_caption_accuracy_needs_no_extractor(call, random_samples, monkeypatch):
     monkeypatch.setattr(features, "load", None)
     said = call("--checkpoint", "models/final", "--samples", "24", "--c", "3")
-    assert "16 captions of 16 training pictures, guidance 3" in said
+    assert "16 captions of 16 training pictures, guidance 3 at noise levels 0.5 to 1, dpmpp_2m, 20 steps" in said
     assert "chance                     6.2%    31.2%            8" in said
+
+
+def test_the_guidance_that_draws_best_becomes_the_checkpoints_own(call, monkeypatch):
+    def generate_arrays(self, texts, sampling, *, seeds):
+        if sampling.c == 3:  # as if it drew exactly what was asked for
+            return np.stack([REAL[text] for text in texts])
+        return np.stack([np.random.default_rng(seed).integers(0, 256, self.shape, dtype=np.uint8) for seed in seeds])
+
+    pictures = dataset.from_config(pipeline.DiffusionPipeline("models/final").config)
+    REAL = dict(zip(pictures.names, pictures.images, strict=True))
+    monkeypatch.setattr(pipeline.DiffusionPipeline, "generate_arrays", generate_arrays)
+    shutil.copytree("models/final", "mine/final")
+    Path("mine/exported").mkdir()
+    drawer = pipeline.DiffusionPipeline("mine/final")
+    portable.write(Path("mine/exported"), drawer.weights, {**drawer.about, "ema": "short"}, dtype="float32")
+    for name in ("mine/final", "mine/exported"):
+        assert pipeline.recommended(name) == Sampling()
+        said = call("--checkpoint", name, "--samples", "24", "--steps", "2", "--recommend", "1", "3", "7")
+        assert f"{name} recommends guidance 3 at noise levels 0.5 to 1, dpmpp_2m, 2 steps" in said
+        assert pipeline.recommended(name) == pipeline.DiffusionPipeline(name).sampling == Sampling(c=3, steps=2)
+        assert "guidance 3 at" in call("--checkpoint", name, "--samples", "2")
+        assert "guidance 5 at" in call("--checkpoint", name, "--samples", "2", "--c", "5")
 
 
 def test_without_an_extractor_a_report_has_the_other_scores(call, random_samples, monkeypatch):

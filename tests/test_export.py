@@ -56,10 +56,10 @@ def save(path, tiny, **changes):
     about = {
         "config": config.to_json(), "encoder": Letters().identity, "schedule": {"name": "cosine", "T": tiny.T},
         "dataset": {"fingerprint": "0", "pictures": 8}, "step": 16, "seconds": 90.0, "prompts": ["red disc", "a box"],
-        "sampling": QUICK.to_json(),
     }  # fmt: skip
     about = json.loads(json.dumps(about)) | changes
     checkpoint.Saver().save(path, {**items, "train": {"step": np.int32(16)}}, about, now=True)
+    checkpoint.recommend(path, QUICK)
     return path
 
 
@@ -251,8 +251,11 @@ def test_paths_that_everybody_will_read_are_named(call, tiny):
 
 
 def test_a_recommendation_that_cannot_be_sampled_is_refused(call, tiny):
-    save(Path("final"), tiny, sampling={"c": -1})
-    assert "export.py: final: the sampling that it recommends: c = -1: allowed" in call("tiny", source="final")
+    save(Path("final"), tiny)
+    Path("final/sampling.json").write_text('{"c": -1}')
+    assert "export.py: final: about does not say sampling as it should" in call("tiny", source="final")
+    Path("final/sampling.json").write_text("{")
+    assert re.search(r"export\.py: \S*final/sampling\.json cannot be read .*: delete it", call("tiny", source="final"))
 
 
 # What is refused.
@@ -381,8 +384,8 @@ def test_the_card_says_what_the_network_is_and_how_to_draw(exported):
     }  # fmt: skip
     for said in (
         "12 × 8 pixels", "8 captioned pictures", "16 steps of 3 pictures", "about 6 times", "| `prediction` | v |",
-        "Noto Color Emoji by Google", "Sampling(c=1.0, steps=1)", "--prompts 'red disc' --c 1.0 --steps 1",
-        "This does it: `python evaluate.py --checkpoint tiny --report results --c 1.0 --steps 1`",
+        "Noto Color Emoji by Google", "seed 0, with guidance 1, dpmpp_2m, 1 steps.", "--prompts 'red disc'`",
+        "This does it: `python evaluate.py --checkpoint tiny --report results`",
     ):  # fmt: skip
         assert said in text
     code = re.search(r"```python\n(.*)```", text, re.DOTALL)[1].replace('"tiny"', repr(str(exported)))
@@ -402,7 +405,7 @@ def test_licences_are_those_that_the_sources_name(call, exported):
     ):
         drawer = DiffusionPipeline(exported)
         drawer.config = dataclasses.replace(config, vendor=vendor, encoder="/home/me/bert")
-        text = export.card(export.Options((Path("tiny"),)), drawer, Sampling(), None)
+        text = export.card(export.Options((Path("tiny"),)), drawer, None)
         metadata = yaml.safe_load(text.split("---\n")[1])
         assert (metadata["license"], metadata.get("datasets")) == (licence, sources)
         assert "/home/me" not in text

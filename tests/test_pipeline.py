@@ -206,7 +206,7 @@ def test_drawing_is_a_solver_over_guided_and_thresholded_estimates(drawer, tiny,
 
     config = dataclasses.replace(tiny, prediction=prediction)
     pipeline = DiffusionPipeline.from_weights(config, drawer.encoder, drawer.weights)
-    drawn = pipeline.generate_arrays(["red disc"], Sampling(c=3, sampler="ddim", steps=4), seeds=9)
+    drawn = pipeline.generate_arrays(["red disc"], Sampling(c=3, sampler="ddim", steps=4, interval=(0, 1)), seeds=9)
     np.testing.assert_allclose(drawn.astype(float) / 127.5 - 1, noisy, atol=0.02)
 
 
@@ -222,7 +222,9 @@ def test_a_negative_prompt_takes_the_place_of_the_empty_caption(drawer):
 
 def test_autoguidance_steers_away_from_a_worse_checkpoint(trained, drawer, other):
     def draw(pipeline, **options):
-        return pipeline.generate_arrays(["red disc", "blue box"], Sampling(steps=4, **options), seeds=3).astype(int)
+        return pipeline.generate_arrays(
+            ["red disc", "blue box"], Sampling(steps=4, interval=(0, 1), **options), seeds=3
+        ).astype(int)
 
     own = DiffusionPipeline(trained, guide=trained)  # steering away from itself leads nowhere
     np.testing.assert_allclose(draw(own, c=5), draw(drawer, c=1), atol=1)
@@ -412,7 +414,7 @@ def test_the_choices_of_the_help_are_the_tables_of_samplers():
 
 def test_numbers_of_any_kind_are_kept_as_plain_ones(drawer, tmp_path):
     odd = Sampling(c=np.float32(3), steps=np.int64(2), eta=np.float64(0), interval=[0, 1])
-    assert odd == Sampling(c=3.0, steps=2, eta=0.0)
+    assert odd == Sampling(c=3.0, steps=2, eta=0.0, interval=(0.0, 1.0))
     drawer.generate_image("red disc", tmp_path / "disc.png", sampling=odd)
     assert remembered(tmp_path / "disc.png").sampling == dataclasses.replace(odd, eta=None)
 
