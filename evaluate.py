@@ -339,7 +339,11 @@ def write_report(subject: Subject, over_time: list[dict]) -> None:
     page = options.report / "report.html"
     report.write_page(page, results, samples, own, subject.images["training"], real["training"].names)
     report.write(options.report / "results.json", results)
-    print(f"{report.summary(results)}\n{page} written, with results.json beside it")
+    if captions := sets["held-out"].texts:
+        blind = options.report / "blind.html"
+        report.write_blind(blind, results["checkpoint"]["path"], samples["held-out"], own["held-out"], captions)
+    beside = "results.json and blind.html" if captions else "results.json"
+    print(f"{report.summary(results)}\n{page} written, with {beside} beside it")
 
 
 def evaluate(options: Options) -> None:

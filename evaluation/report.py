@@ -1,6 +1,6 @@
-"""What `evaluate.py` measured, for people: results.json, tables of scores, and one HTML page.
+"""What `evaluate.py` measured, for people: results.json, tables of scores, and two HTML pages.
 
-The page is one file: pictures inside, no script, nothing fetched. Its first paragraphs, which say whether
+A page is one file: pictures inside, no script, nothing fetched. The report's first paragraphs, which say whether
 the model is good, whether it is done and whether it copies, are computed from the scores and their errors.
 """
 
@@ -275,6 +275,9 @@ Shuffled: the same samples, their captions exchanged. Real: real pictures in the
 floor of a distance or a copy rate and the ceiling of the rest. In brackets 95 % intervals. By KID and Fréchet distance,
 samples of training captions are compared with the held-out pictures and those of held-out captions with the training
 pictures; so are the real pictures of the same captions, in equal number, as it matters here."""
+BLIND = """
+One of the two pictures over each caption was drawn by the network, which has never seen the caption. The other one is
+real. Write down which one you take for drawn, then open the answers. Who cannot tell is right half of the time."""
 COPIES = "The sample, the training picture nearest to it, the second nearest; under d1 / d2 = 1/3 it counts as a copy."
 
 
@@ -308,16 +311,36 @@ def write_page(path: Path, results: dict, samples: dict, own: dict, training: np
         tiles = [([images[i], *(real[i] for real in beside)], captions[i]) for i in spread(len(images), SHOWN)]
         sections[f"Samples of {on} captions{', the real picture beside each' if beside else ''}"] = _grid(tiles)
     sections["Configuration"] = as_html(results["config"].items())
-    title = html.escape(checkpoint["path"])
     page = [
-        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
-        f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1><small>{html.escape(about)}</small>",
+        f"<small>{html.escape(about)}</small>",
         *(f"<p><b>{question}</b> {html.escape(said)}" for question, said in answers(results).items()),
         *(f"<p>Note: {html.escape(note)}" for note in results["notes"]),
         *(f"<h2>{name}</h2>{content}" for name, content in sections.items() if content),
     ]
+    _write_html(path, checkpoint["path"], page)
+
+
+def write_blind(path: Path, title: str, samples: np.ndarray, own: np.ndarray, captions: Sequence[str]) -> None:
+    """A page for somebody to tell samples of held-out captions from the real pictures, in an order by chance."""
+    left = np.random.default_rng(0).integers(2, size=len(samples)).astype(bool)  # whether the sample stands there
+    pairs = [
+        [sample, real] if first else [real, sample] for sample, real, first in zip(samples, own, left, strict=True)
+    ]
+    tiles = [
+        (pair, f"{number}. {caption}") for number, (pair, caption) in enumerate(zip(pairs, captions, strict=True), 1)
+    ]
+    answers = " ".join(f"{number}&nbsp;{'left' if first else 'right'}" for number, first in enumerate(left, 1))
+    page = [f"<p>{BLIND}", _grid(tiles), f"<p><details><summary>Which were drawn</summary>{answers}</details>"]
+    _write_html(path, title, page)
+
+
+def _write_html(path: Path, title: str, page: Sequence[str]) -> None:
+    head = [
+        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>",
+    ]
     with replacing(path) as beside:
-        beside.write_text("\n".join(page) + "\n", encoding="utf-8")
+        beside.write_text("\n".join([*head, *page]) + "\n", encoding="utf-8")
 
 
 def _grid(tiles: Sequence[tuple[list[np.ndarray], str]]) -> str:

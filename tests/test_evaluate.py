@@ -1,8 +1,11 @@
 """The measurements against what they must be, and the way from a checkpoint to the page."""
 
+import base64
 import csv
 import dataclasses
+import io
 import json
+import re
 import shutil
 import sys
 from html.parser import HTMLParser
@@ -14,6 +17,7 @@ import numpy as np
 import pytest
 from damage import UNREADABLE, damaged
 from flax import nnx
+from PIL import Image
 
 import checkpoint
 import dataset
@@ -519,6 +523,7 @@ def test_from_a_run_to_the_page_and_beside_another(call, monkeypatch):
     assert len(read.sources) == nearest + pictures
     assert not {"script", "link"} & set(read.tags)
     assert "Is it done?" in read.words
+    assert len(Page(Path("new/a/blind.html").read_text()).sources) == 2 * 6
 
     monkeypatch.setattr(pipeline.DiffusionPipeline, "generate_arrays", None)  # all samples and losses are known by now
     monkeypatch.setattr(heldout, "build_losses", None)
@@ -527,6 +532,17 @@ def test_from_a_run_to_the_page_and_beside_another(call, monkeypatch):
     assert "[B] new/a/results.json: models/final, 6 pictures seen" in said
     assert "note" not in said
     assert not any(line.endswith((" better", " worse")) for line in said.splitlines())
+
+
+def test_the_blind_page_hides_which_pictures_were_drawn_and_tells_it_at_the_end(tmp_path):
+    drawn, real = np.zeros((20, 8, 8, 3), np.uint8), np.full((20, 8, 8, 3), 255, np.uint8)
+    report.write_blind(tmp_path / "blind.html", "final", drawn, real, [f"caption {i}" for i in range(20)])
+    page = Page((tmp_path / "blind.html").read_text())
+    shown = [Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) for source in page.sources]
+    dark = [picture.convert("L").getextrema() == (0, 0) for picture in shown]
+    answers = re.findall(r"(\d+)\xa0(left|right)", page.words)
+    assert answers == [(str(i + 1), "left" if dark[2 * i] else "right") for i in range(20)]
+    assert 0 < sum(dark[::2]) < 20 == sum(dark)
 
 
 @pytest.fixture
