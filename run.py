@@ -127,7 +127,7 @@ class Run:
             with self.log.paused():
                 more = self.heldout_loss(parallel.unreplicate(state.ema.short)) if heldout else {}
             line = self.log.write(self.step, metrics, {"learning_rate": rate, **more})
-            bar.set_postfix({name: line[name] for name in ("loss", "skipped") if line[name]})
+            bar.set_postfix({name: line[name] for name in ("loss", "skipped") if line[name]}, refresh=False)
         return state._replace(metrics=parallel.replicate(training.zero_metrics(int(metrics.streak)))), fault
 
     @cached_property

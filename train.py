@@ -235,9 +235,10 @@ def loop(run: "Run", state: "TrainState", source: "Memory | Stream") -> tuple["T
     update_averages = ema.build_update(config)
     steps_per_call = ema.EVERY if parallel.on_accelerator() and not config.stream else 1
     seen = {"total": steps * config.B, "initial": run.step * config.B, "unit": "img"}
+    pace = {} if sys.stderr.isatty() else {"mininterval": 60, "maxinterval": 60, "ncols": 100}  # of a bar in a log file
     signals, in_flight, stopped_by, fault = catch_signals(), deque(), "", ""
 
-    with checkpoint.Saver(config.keep, tqdm.write) as run.saver, tqdm(**seen, disable=None if log else True) as bar:
+    with checkpoint.Saver(config.keep, tqdm.write) as run.saver, tqdm(**seen, **pace, disable=not log) as bar:
         try:
             while run.step < steps and not stopped_by:
                 n = run.steps_in_call(steps_per_call)
