@@ -125,7 +125,8 @@ def read_rows(root: Path) -> list[Row]:
     path = root / CSV
     if not path.is_file():
         what = f"{root} has no {CSV}" if root.is_dir() else f"there is no folder {root}"
-        raise DatasetError(f"{what}; make one with `python prepare_dataset.py --data {root}`, or see its --help")
+        make = f"`python prepare_dataset.py --data {root}` makes one"
+        raise DatasetError(f"{what}: name the folder of the pictures with --data; {make}, see its --help")
     csv.field_size_limit(2**31 - 1)  # the Kaggle file holds pictures in base64
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:

@@ -132,8 +132,6 @@ def load(path: Path, options: Options) -> Subject:
     from pipeline import DiffusionPipeline
 
     pipeline = DiffusionPipeline(path, options.encoder, ema=options.ema)
-    if not ((root := options.data or Path(pipeline.config.data)) / dataset.CSV).is_file():
-        raise ValueError(f"{root} has no {dataset.CSV}: say with --data where the pictures of {path} are")
     pictures = dataset.from_config(pipeline.config, options.data)
     real = {on: dataset.side(pictures, heldout=on == "held-out") for on in ("training", "held-out")}
     images = {on: on_white(side.images) for on, side in real.items()}

@@ -120,7 +120,7 @@ def test_a_faulty_row_is_named_as_a_spreadsheet_counts(tmp_path, lenient):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, r"has no full_emoji\.csv; make one with `python prepare_dataset\.py"),
+        (None, r"has no full_emoji\.csv: name the folder .*; `python prepare_dataset\.py"),
         (b"", "lacks the column `#` and `name` in its first row; it is empty"),
         (b"index,title\n1,a\n", "lacks the column `#` and `name` in its first row; it has `index`, `title`"),
         (b"#;name\n1;a\n", "lacks the column .*it has `#;name`"),
