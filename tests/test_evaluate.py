@@ -632,7 +632,7 @@ def test_an_interruption_says_how_to_go_on(call, monkeypatch):
         (["--compare", "a.json"], "at least two"),
         (["--compare", "a.json", "b.json"], "a.json"),
         (["--c", "nan"], "c = nan"),
-        (["--checkpoint", "models/final", "--data", "gone"], "there is no folder gone: name the folder of the pictures with --data"),
+        (["--checkpoint", "models/final", "--data", "gone"], "no folder gone: name the folder of"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(call, words, message):
