@@ -47,8 +47,7 @@ from params import Fields, Sampler, Sampling, within
 from pipeline import DiffusionPipeline, Edit
 
 LETTERS = 300  # of a prompt
-STEPS = {10, 20, 50}  # few to choose from, as the network is compiled anew for each …
-STRENGTHS = 5  # … as for each strength: 0.2, 0.4, … 1
+STEPS = 100  # of the solver, at most
 WAITING = 16  # requests, before more are sent away
 UPLOAD = 16 * 2**20  # bytes of a file
 CELL = 192  # side of the pictures in strips and GIFs, pixels
@@ -115,10 +114,10 @@ def draw(
     """HTML of the pictures of one prompt from as many seeds: as they come into being, then as files to save."""
     asked = Asked(number=number, seed=seed, strength=strength)
     sampling = sampling_of(c, steps, sampler, negative)
-    edit = edit_of(sketch, round(asked.strength * STRENGTHS) / STRENGTHS, pipeline.shape)
+    edit = edit_of(sketch, asked.strength, pipeline.shape)
     prompts = [short(prompt)] * asked.number
     seeds = [(asked.seed + i) % 2**31 for i in range(asked.number)]
-    yield said("Drawing … The first picture with other steps, another solver or a sketch takes longer.")
+    yield said("Drawing … The first picture by heun, with guidance 1 or from a picture takes longer.")
     began, images = time.perf_counter(), []
 
     def shown(image: Image.Image) -> Image.Image:
@@ -247,7 +246,7 @@ def build(pipeline: DiffusionPipeline, about: str) -> gr.Blocks:
                             sources=("upload", "clipboard"),
                             brush=gr.Brush(default_size=24, colors=["#e0457b"], color_mode="fixed"),
                         )  # fmt: skip
-                        strength = slider("strength", "How much may change, if nothing is painted", step=1 / STRENGTHS)
+                        strength = slider("strength", "How much may change, if nothing is painted", step=0.05)
                     go = gr.Button("Draw", variant="primary")
                 with gr.Tab("From one prompt to another"):
                     start = gr.Textbox(label="From", max_length=LETTERS, value=pipeline.about["prompts"][0])
@@ -260,8 +259,8 @@ def build(pipeline: DiffusionPipeline, about: str) -> gr.Blocks:
                         seed = gr.Number(asked.seed, label="Seed", precision=0, minimum=low, maximum=high)
                         dice = gr.Button("🎲 Another seed")
                     c = gr.Slider(1, 15, default.c, step=0.5, label="Guidance: how closely to follow the words")
-                    some = sorted({n for n in STEPS if n <= pipeline.config.T} | {default.steps})
-                    steps = gr.Radio(some, value=default.steps, label="Steps: more are slower and more exact")
+                    most, label = min(STEPS, pipeline.config.T), "Steps: more are slower and more exact"
+                    steps = gr.Slider(1, most, default.steps, step=1, label=label)
                     sampler = gr.Dropdown(get_args(Sampler), value=default.sampler, label="Solver")
                     negative = gr.Textbox("", label="What to avoid", max_length=LETTERS)
                     transparent = gr.Checkbox(

@@ -233,12 +233,13 @@ class DiffusionPipeline:
         if guide is not None and sampling.negative_prompt:
             raise ValueError("negative_prompt and a guide exclude each other: both say what to steer away from")
 
-        times = timesteps(self.schedule, sampling.steps)
+        solver, times = SOLVERS[sampling.sampler], timesteps(self.schedule, sampling.steps)
         image = mask = None
         if edit is not None:
             image, mask = self._open(edit)
             times = times[-1 - max(1, round(edit.share * sampling.steps)) :]
         controls = jax.device_put(Controls(
+            steps=solver.plan(self.schedule, times),
             guidance=None if sampling.c == 1 else np.float32(sampling.c),
             rescale=np.float32(sampling.rescale),
             interval=None if sampling.interval == (0.0, 1.0) else steps_within(sampling.interval, self.config.T),
@@ -249,13 +250,13 @@ class DiffusionPipeline:
         text_emb, text_mask = self.encoder([*flat, sampling.negative_prompt], self.config.TEXT_LEN)
         text = np.concatenate([np.arange(n * k).reshape(n, k), np.full((n, 1), n * k)], axis=1)  # rows of text_emb
         seeds, weights, last = np.array(seeds, np.int32), (self.weights, guide and guide.weights), len(times) - 1
-        go_on = partial(self._sampler.go_on, *weights, sampler=sampling.sampler, timesteps=tuple(times.tolist()))
+        go_on = partial(self._sampler.go_on, *weights, take=solver.take)
         stops = jax.device_put([*map(np.int32, range(0, last, every or last)), np.int32(last)])
         for first in range(0, n, self.batch):
             rows = np.resize(np.arange(first, min(first + self.batch, n)), self.batch)  # the last batch is filled up
             part = None if share is None else share[rows]
             request = jax.device_put(Request(seeds[rows], text_emb[text[rows]], text_mask[text[rows]], part))
-            state = self._sampler.begin(request, controls, jax.device_put(times[0]))
+            state = self._sampler.begin(request, controls)
             for done, until in pairwise(stops):
                 state, images = go_on(request, controls, state, done, until)
                 yield first, jax.device_get(images)[: n - first]

@@ -12,13 +12,16 @@ so a step needs only the mean of denoised over it, weighted by e^λ. The solvers
     dpmpp_2m   a line through the last two estimates, at half a step       order 2
     dpmpp_3m   a parabola through the last three, averaged exactly         order 3
 
-All have one signature, and all take `step_towards`. eta = 0 solves the ODE, with the orders above. eta = 1 replaces as
-much noise in each step as ancestral sampling does: `ddpm` is ddim with it, `dpmpp_2m_sde` is dpmpp_2m with it.
+Each mean is a sum of estimates, with weights that depend on the lengths of the steps alone. So a solver has two parts:
+the weights of all steps, which NumPy computes beforehand in float64, and a function that takes a step, `multistep` or
+`heun`, both by `step_towards`. eta = 0 solves the ODE, with the orders above. eta = 1 replaces as much noise in each
+step as ancestral sampling does: `ddpm` is ddim with it, `dpmpp_2m_sde` is dpmpp_2m with it.
 
-A solver returns the body of its loop, which `take_steps` runs: all steps at once, or some, to look at the images first.
+`take_steps` takes all steps at once, or some, to look at the images first.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -30,7 +33,8 @@ from schedule import Schedule
 
 Images = Float[Array, "b h w c"]
 Denoise = Callable[[Images, Int[Array, "b"]], Images]
-Times = Int[np.ndarray, "n"]
+Lengths = Float[np.ndarray, "n"]  # of the steps, in λ; infinite from pure noise and to t = 0
+Weights = Float[np.ndarray, "n 2"]
 
 
 class State(NamedTuple):
@@ -46,14 +50,11 @@ def initial_state(noisy: Images) -> State:
     return State(noisy, *jnp.zeros((2, *noisy.shape)))
 
 
-Loop = tuple[Callable[[State, tuple], State], tuple]  # the next state, given what is known of a step; that of all steps
-
-
 def step_towards(noisy: Images, denoised: Images, step: "Step", fresh: "FreshNoise") -> Images:
     """One step towards `denoised`, with eta times the fresh noise of ancestral sampling  (Song et al. 2021a, Eq. 16).
 
-    Every solver calls it with its own estimate of the mean of `denoised` over the step. `remaining` is
-    sqrt(sigma_next² - new²) / sigma, written so that it loses no digits at eta = 1.
+    `denoised` is a solver's estimate of its mean over the step. `remaining` is sqrt(sigma_next² - new²) / sigma,
+    written so that it loses no digits at eta = 1.
     """
     decay = (step.alpha * step.sigma_next) / (step.alpha_next * step.sigma)  # e^-h
     new = fresh.eta * step.sigma_next * jnp.sqrt((1 - decay) * (1 + decay))
@@ -82,6 +83,7 @@ class Step(NamedTuple):
     sigma: Float[Array, "*n"]
     alpha_next: Float[Array, "*n"]
     sigma_next: Float[Array, "*n"]
+    weights: Float[Array, "*n 2"]  # of differences of estimates, in the mean over the step
 
 
 def timesteps(schedule: Schedule, steps: int) -> Int[np.ndarray, "n"]:
@@ -91,133 +93,125 @@ def timesteps(schedule: Schedule, steps: int) -> Int[np.ndarray, "n"]:
     return np.round(np.linspace(schedule.T, 0, steps + 1)).astype(np.int32)
 
 
-def steps_between(schedule: Schedule, timesteps: Times) -> tuple[Step, Float[np.ndarray, "n-1"]]:
-    """The steps from each timestep to the next, and their lengths h in λ, infinite where a step ends at t = 0."""
-    t, t_next = jnp.asarray(timesteps[:-1]), jnp.asarray(timesteps[1:])
-    mixes = (part[index] for index in (t, t_next) for part in (schedule.alpha, schedule.sigma))
-    alpha, sigma = (np.asarray(part, np.float64)[timesteps] for part in schedule)
-    with np.errstate(divide="ignore"):
-        h = np.diff(np.log(alpha) - np.log(sigma))
-    return Step(jnp.arange(len(t)), t, t_next, *mixes), h
+# How a step is taken, from noise at t to less noise at t_next
 
 
-# Solvers, from noise at timesteps[0] to the image at the last timestep
+def multistep(denoise: Denoise, fresh: FreshNoise, state: State, step: Step) -> State:
+    """From the estimates D, D₁, D₂, this one and the last two, take D + a (D - D₁) + b (D₁ - D₂)."""
+    noisy, d1, d2 = state
+    d = denoise(noisy, jnp.full(len(noisy), step.t))
+    a, b = step.weights
+    mean = d + a * (d - d1) + b * (d1 - d2)
+    return State(step_towards(noisy, mean, step, fresh), d, d1)
 
 
-def ddim(denoise: Denoise, schedule: Schedule, timesteps: Times, fresh: FreshNoise) -> Loop:
-    """Keep the estimated noise at a lower level (Song et al. 2021a, Eq. 12); eta = 1 is ancestral sampling (DDPM)."""
-    steps, _ = steps_between(schedule, timesteps)
-
-    def body(state, step):
-        noisy, before, _ = state
-        denoised = denoise(noisy, jnp.full(len(noisy), step.t))
-        return State(step_towards(noisy, denoised, step, fresh), denoised, before)
-
-    return body, steps
-
-
-def heun(denoise: Denoise, schedule: Schedule, timesteps: Times, fresh: FreshNoise) -> Loop:
+def heun(denoise: Denoise, fresh: FreshNoise, state: State, step: Step) -> State:
     """Heun's rule: try the step, estimate again at its end, take it with a weighted mean of the two.
 
     That is Karras et al. 2022, Algorithm 1, on the exponential form above (Cox & Matthews 2002, ETD2RK) instead of a
     straight line in sigma / alpha, which no step from pure noise could follow. A step to t = 0 is not corrected, so n
     steps take 2 n - 1 evaluations.
     """
-    steps, h = steps_between(schedule, timesteps)
-    share, finite = np.ones(len(h), np.float32), np.isfinite(h)
-    share[finite] = means_of_u(h[finite])[0] / h[finite]  # of the estimate at the end
+    (noisy, before, _), (share, _) = state, step.weights
     without_noise = fresh._replace(eta=jnp.zeros(()))
-
-    def body(state, now):
-        (noisy, before, _), (step, share) = state, now
-        start = denoise(noisy, jnp.full(len(noisy), step.t))
-        end = jax.lax.cond(
-            step.sigma_next > 0,
-            lambda: denoise(step_towards(noisy, start, step, without_noise), jnp.full(len(noisy), step.t_next)),
-            lambda: start,
-        )
-        return State(step_towards(noisy, start + share * (end - start), step, fresh), start, before)
-
-    return body, (steps, jnp.asarray(share))
+    start = denoise(noisy, jnp.full(len(noisy), step.t))
+    end = jax.lax.cond(
+        step.sigma_next > 0,
+        lambda: denoise(step_towards(noisy, start, step, without_noise), jnp.full(len(noisy), step.t_next)),
+        lambda: start,
+    )
+    return State(step_towards(noisy, start + share * (end - start), step, fresh), start, before)
 
 
-def dpmpp_2m(denoise: Denoise, schedule: Schedule, timesteps: Times, fresh: FreshNoise) -> Loop:
+# The weights of all steps
+
+
+def ddim(h: Lengths) -> Weights:
+    """Keep the estimated noise at a lower level (Song et al. 2021a, Eq. 12); eta = 1 is ancestral sampling (DDPM)."""
+    return np.zeros((len(h), 2))
+
+
+def heun_weights(h: Lengths) -> Weights:
+    """A line from start to end, averaged exactly; of an infinite step the end alone counts."""
+    weights, finite = np.ones((len(h), 2)), np.isfinite(h)
+    weights[finite, 0] = means_of_u(h[finite])[0] / h[finite]
+    return weights
+
+
+def dpmpp_2m(h: Lengths) -> Weights:
     """DPM-Solver++(2M)  (Lu et al. 2022b, Algorithm 2); with eta = 1, its SDE variant (Appendix B)."""
-    steps, h = steps_between(schedule, timesteps)
-    ahead, may = np.zeros(len(h), np.float32), may_extrapolate(h)
-    ahead[may] = h[may] / (2 * np.roll(h, 1)[may])  # half a step, in units of the one before: 1 / 2r
-
-    def body(state, now):
-        (noisy, before, _), (step, ahead) = state, now
-        denoised = denoise(noisy, jnp.full(len(noisy), step.t))
-        middle = denoised + ahead * (denoised - before)  # (1 + 1/2r) x_i - 1/2r x_(i-1), line 8
-        return State(step_towards(noisy, middle, step, fresh), denoised, before)
-
-    return body, (steps, jnp.asarray(ahead))
+    weights, may = np.zeros((len(h), 2)), may_extrapolate(h)
+    weights[may, 0] = h[may] / (2 * np.roll(h, 1)[may])  # (1 + 1/2r) D - 1/2r D₁, line 8
+    return weights
 
 
-def dpmpp_3m(denoise: Denoise, schedule: Schedule, timesteps: Times, fresh: FreshNoise) -> Loop:
+def dpmpp_3m(h: Lengths) -> Weights:
     """DPM-Solver++(3M): a parabola through the last three estimates D, D₁, D₂, in Newton's form over u = λ - λ_now,
 
-        denoised(u) = D + u [D, D₁] + u (u + h₁) [D, D₁, D₂]        (divided differences; h₁, h₂ the steps before)
+        denoised(u) = D + u [D, D₁] + u (u + h₁) [D, D₁, D₂]                  h₁, h₂: the steps before
+        [D, D₁] = (D - D₁) / h₁        [D, D₁, D₂] = ([D, D₁] - [D₁, D₂]) / (h₁ + h₂)
 
     and its mean under e^u over the step. One order lower where there are only two estimates.
     """
-    steps, h = steps_between(schedule, timesteps)
-    h1, h2 = np.roll(h, 1), np.roll(h, 2)
-    linear, parabolic, may = np.zeros(len(h)), np.zeros(len(h)), may_extrapolate(h)
-    linear[may], _ = means_of_u(h[may])
+    weights, may = np.zeros((len(h), 2)), may_extrapolate(h)
+    weights[may, 0] = means_of_u(h[may])[0] / np.roll(h, 1)[may]
     may[:2] = False
-    u, u2 = means_of_u(h[may])
-    parabolic[may] = u2 + h1[may] * u
-
-    def body(state, now):
-        (noisy, d1, d2), (step, (h1, h2, linear, parabolic)) = state, now
-        d = denoise(noisy, jnp.full(len(noisy), step.t))
-        slope, slope_before = (d - d1) / h1, (d1 - d2) / h2
-        mean = d + linear * slope + parabolic * (slope - slope_before) / (h1 + h2)
-        return State(step_towards(noisy, mean, step, fresh), d, d1)
-
-    weights = np.stack([h1, h2, linear, parabolic], axis=1)
-    return body, (steps, jnp.asarray(weights, jnp.float32))
+    h1, h2, (u, u2) = np.roll(h, 1)[may], np.roll(h, 2)[may], means_of_u(h[may])
+    parabola = (u2 + h1 * u) / (h1 + h2)
+    weights[may, 0] += parabola / h1
+    weights[may, 1] = -parabola / h2
+    return weights
 
 
-def may_extrapolate(h: Float[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:
+def may_extrapolate(h: Lengths) -> Bool[np.ndarray, "n"]:
     """Whether a solver may use earlier estimates in each step, given the lengths of the steps in λ: not in the first,
     not in one to t = 0, whose length is infinite, and not in one over twice as long as the step before.
     """
     return np.isfinite(h) & (h <= 2 * np.append(0, h[:-1]))
 
 
-def means_of_u(h: Float[np.ndarray, "n"]) -> tuple[Float[np.ndarray, "n"], Float[np.ndarray, "n"]]:
+def means_of_u(h: Lengths) -> tuple[Float[np.ndarray, "n"], Float[np.ndarray, "n"]]:
     """The means of u and of u² over 0 … h, weighted by e^u."""
     return h / -np.expm1(-h) - 1, (h**2 - 2 * h - 2 * np.expm1(-h)) / -np.expm1(-h)
 
 
 class Solver(NamedTuple):
-    loop: Callable[[Denoise, Schedule, Times, FreshNoise], Loop]
+    take: Callable[[Denoise, FreshNoise, State, Step], State]  # takes a step
+    weights: Callable[[Lengths], Weights]
     eta: float  # unless the user says otherwise
 
-    def solve(self, denoise: Denoise, schedule: Schedule, noisy: Images, timesteps: Times, fresh: FreshNoise) -> State:
+    def plan(self, schedule: Schedule, timesteps: Int[np.ndarray, "n"]) -> Step:
+        """The steps from each timestep to the next; filled up to T, so that one compiled loop takes any number."""
+        alpha, sigma = (part[timesteps] for part in jax.device_get(schedule))
+        with np.errstate(divide="ignore"):
+            h = np.diff(np.log(alpha.astype(np.float64)) - np.log(sigma.astype(np.float64)))
+        number, t, t_next = np.arange(len(h)), timesteps[:-1], timesteps[1:]
+        steps = Step(number, t, t_next, alpha[:-1], sigma[:-1], alpha[1:], sigma[1:], self.weights(h))
+        return jax.device_put(jax.tree.map(lambda each: np.resize(each, (schedule.T, *each.shape[1:])), steps))
+
+    def solve(
+        self, denoise: Denoise, schedule: Schedule, noisy: Images, timesteps: Int[np.ndarray, "n"], fresh: FreshNoise
+    ) -> State:
         """From `noisy` at timesteps[0] to the image at the last timestep."""
-        return take_steps(self.loop(denoise, schedule, timesteps, fresh), initial_state(noisy), 0, len(timesteps) - 1)
+        take, steps = partial(self.take, denoise, fresh), self.plan(schedule, timesteps)
+        return take_steps(take, steps, initial_state(noisy), 0, len(timesteps) - 1)
 
 
-def take_steps(loop: Loop, state: State, done: Int[Array, ""] | int, until: Int[Array, ""] | int) -> State:
+def take_steps(
+    take: Callable[[State, Step], State], steps: Step, state: State, done: Int[Array, ""] | int,
+    until: Int[Array, ""] | int,
+) -> State:  # fmt: skip
     """Take the steps from number `done` up to, but not including, `until`."""
-    body, steps = loop
-
-    def step(number: Int[Array, ""], state: State) -> State:
-        return body(state, jax.tree.map(lambda each: each[number], steps))
-
-    return jax.lax.fori_loop(done, until, step, state)
+    return jax.lax.fori_loop(
+        done, until, lambda number, state: take(state, jax.tree.map(lambda each: each[number], steps)), state
+    )
 
 
 SOLVERS = {  # a new one also needs its name in params.Sampler
-    "ddim": Solver(ddim, eta=0.0),
-    "ddpm": Solver(ddim, eta=1.0),
-    "heun": Solver(heun, eta=0.0),
-    "dpmpp_2m": Solver(dpmpp_2m, eta=0.0),
-    "dpmpp_2m_sde": Solver(dpmpp_2m, eta=1.0),
-    "dpmpp_3m": Solver(dpmpp_3m, eta=0.0),
+    "ddim": Solver(multistep, ddim, eta=0.0),
+    "ddpm": Solver(multistep, ddim, eta=1.0),
+    "heun": Solver(heun, heun_weights, eta=0.0),
+    "dpmpp_2m": Solver(multistep, dpmpp_2m, eta=0.0),
+    "dpmpp_2m_sde": Solver(multistep, dpmpp_2m, eta=1.0),
+    "dpmpp_3m": Solver(multistep, dpmpp_3m, eta=0.0),
 }

@@ -1,9 +1,9 @@
 """The jitted functions that sample a batch: from seeds and encoded prompts to images.
 
 `begin` makes the noise and `go_on` takes some of the solver's steps, so that whoever calls may look at the images in
-between; the same compiled function takes all steps at once. In it the network is wrapped by guidance.py, and a solver
-of samplers.py calls the result. Arrays may change from call to call; what is not an array, and whether an optional
-array is there, is compiled in.
+between; the same compiled function takes all steps at once, however many. In it the network is wrapped by guidance.py,
+and a solver of samplers.py calls the result. Arrays may change from call to call; what is not an array, and whether an
+optional array is there, is compiled in.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 import schedule as schedules
@@ -20,7 +19,7 @@ from guidance import classifier_free, inpaint, limit_to_interval, threshold
 from images import to_bytes, to_float
 from model import network
 from params import Params
-from samplers import SOLVERS, FreshNoise, Images, State, initial_state, take_steps
+from samplers import FreshNoise, Images, State, Step, initial_state, take_steps
 
 
 class Request(NamedTuple):
@@ -35,6 +34,7 @@ class Request(NamedTuple):
 class Controls(NamedTuple):
     """What all images of a batch have in common; what is None costs nothing."""
 
+    steps: Step  # all of the solver
     guidance: Float[Array, ""] | None
     rescale: Float[Array, ""]
     interval: Int[Array, "2"] | None  # first and last step that are guided
@@ -46,10 +46,10 @@ class Controls(NamedTuple):
 
 
 class Sampler(NamedTuple):
-    """begin(request, controls, t) -> state at timestep t;
-    go_on(weights, guide_weights, request, controls, state, done, until, sampler=…, timesteps=…) -> state after the
-    steps from number `done` up to, but not including, `until`, and its estimate of the images, which is at last the
-    images.
+    """begin(request, controls) -> state before the first step;
+    go_on(weights, guide_weights, request, controls, state, done, until, take=…) -> state after the steps from number
+    `done` up to, but not including, `until`, and its estimate of the images, which is at last the images. `take` is
+    that of a Solver.
     """
 
     begin: Callable[..., State]
@@ -58,7 +58,7 @@ class Sampler(NamedTuple):
 
 @cache
 def build_sampler(config: Params, guide: Params | None = None) -> Sampler:
-    """The functions that sample a batch; `go_on` is compiled once per batch size, sampler, steps and kind of guidance.
+    """The functions that sample a batch; `go_on` is compiled once per batch size, `take` and kind of guidance.
 
     Guidance evaluates the network on one enlarged batch, or, where there is a `guide`, a worse network to steer away
     from (autoguidance), that one beside it.
@@ -70,17 +70,17 @@ def build_sampler(config: Params, guide: Params | None = None) -> Sampler:
         return jax.vmap(jax.vmap(lambda seed: jax.random.split(jax.random.key(seed))))(seeds)
 
     @jax.jit
-    def begin(request: Request, controls: Controls, t: Int[Array, ""]) -> State:
+    def begin(request: Request, controls: Controls) -> State:
         shape = (config.H, config.W, config.CHANNELS)
         noisy = jax.vmap(jax.vmap(lambda key: jax.random.normal(key, shape)))(keys_of(request.seeds)[:, :, 0])
         noisy = noisy[:, 0] if request.share is None else jax.vmap(slerp)(noisy[:, 0], noisy[:, -1], request.share)
         if controls.image is not None:
             image = jnp.broadcast_to(to_float(controls.image), noisy.shape)
-            noisy = schedules.add_noise(schedule, image, noisy, jnp.full(len(noisy), t))
+            noisy = schedules.add_noise(schedule, image, noisy, jnp.full(len(noisy), controls.steps.t[0]))
         return initial_state(noisy)
 
-    @partial(jax.jit, static_argnames=("sampler", "timesteps"))
-    def go_on(weights, guide_weights, request, controls, state, done, until, *, sampler, timesteps):
+    @partial(jax.jit, static_argnames="take")
+    def go_on(weights, guide_weights, request, controls, state, done, until, *, take):
         seeds, text_emb, text_mask, share = request
 
         def estimates(config, weights, noisy, t, prompts: slice) -> Float[Array, "b k h w c"]:
@@ -117,8 +117,7 @@ def build_sampler(config: Params, guide: Params | None = None) -> Sampler:
             denoise = inpaint(denoise, to_float(controls.image)[None], controls.mask[None])
 
         fresh = FreshNoise(keys_of(seeds)[:, 0, 1], controls.eta, controls.temperature)
-        loop = SOLVERS[sampler].loop(denoise, schedule, np.array(timesteps), fresh)
-        state = take_steps(loop, state, done, until)
+        state = take_steps(partial(take, denoise, fresh), controls.steps, state, done, until)
         return state, to_bytes(state.denoised)
 
     return Sampler(begin, go_on)

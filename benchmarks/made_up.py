@@ -45,16 +45,17 @@ def shapes(config: Params, pictures: int) -> tuple:
 def drawer(config: Params, data: Data, *, pictures: int, sampler: str, steps: int) -> Callable[[dict], jax.Array]:
     """weights -> pictures: this project's sampler on a guided batch."""
     begin, go_on = build_sampler(config)
-    timesteps = tuple(samplers.timesteps(schedule.from_config(config), steps).tolist())
+    levels, solver = schedule.from_config(config), samplers.SOLVERS[sampler]
     text_emb, text_mask = (
         jnp.stack([part[1 : 1 + pictures], jnp.broadcast_to(part[0], part[1 : 1 + pictures].shape)], axis=1)
         for part in (data.text_emb, data.text_mask)
     )
     request = Request(jnp.arange(pictures)[:, None], text_emb, text_mask)
-    controls = Controls(jnp.float32(7), jnp.zeros(()), None, None, eta=jnp.zeros(()), temperature=jnp.ones(()))
+    plan = solver.plan(levels, samplers.timesteps(levels, steps))
+    controls = Controls(plan, jnp.float32(7), jnp.zeros(()), None, None, eta=jnp.zeros(()), temperature=jnp.ones(()))
 
     def draw(weights: dict) -> jax.Array:
-        state = begin(request, controls, timesteps[0])
-        return go_on(weights, None, request, controls, state, 0, steps, sampler=sampler, timesteps=timesteps)[1]
+        state = begin(request, controls)
+        return go_on(weights, None, request, controls, state, 0, steps, take=solver.take)[1]
 
     return draw

@@ -166,7 +166,7 @@ def test_guidance_of_one_is_no_guidance_and_needs_no_second_evaluation(drawer, m
     assert (draw(drawer.generate_image("red disc", c=7, steps=5)) != plain).any()
 
 
-def test_another_guidance_seed_prompt_or_eta_compiles_nothing(drawer, monkeypatch):
+def test_only_another_kind_of_step_or_guidance_is_compiled_anew(drawer, monkeypatch):
     drawer.generate_arrays(["red disc"], Sampling(steps=2, interval=(0.1, 0.9)))
     traces = []
     monkeypatch.setattr(sampling_module, "to_bytes", lambda image: traces.append(1) or to_bytes(image))
@@ -177,7 +177,11 @@ def test_another_guidance_seed_prompt_or_eta_compiles_nothing(drawer, monkeypatc
         )  # fmt: skip
         drawer.generate_arrays(["blue box"] * 3, sampling, seeds=[1, 2, number])
     assert traces == []
-    drawer.generate_arrays(["blue box"], Sampling(steps=3, interval=(0.1, 0.9)))
+    for sampler in set(get_args(Sampler)) - {"heun"}:
+        drawer.generate_arrays(["blue box"], Sampling(steps=3, sampler=sampler, interval=(0.1, 0.9)))
+    assert traces == []
+    for steps in (2, 3):
+        drawer.generate_arrays(["blue box"], Sampling(steps=steps, sampler="heun", interval=(0.1, 0.9)))
     assert traces == [1]
 
 
