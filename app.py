@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -113,7 +113,7 @@ def draw(
 ) -> Iterator[str]:  # fmt: skip
     """HTML of the pictures of one prompt from as many seeds: as they come into being, then as files to save."""
     asked = Asked(number=number, seed=seed, strength=strength)
-    sampling = sampling_of(c, steps, sampler, negative)
+    sampling = sampling_of(pipeline, c, steps, sampler, negative)
     edit = edit_of(sketch, asked.strength, pipeline.shape)
     prompts = [short(prompt)] * asked.number
     seeds = [(asked.seed + i) % 2**31 for i in range(asked.number)]
@@ -138,7 +138,7 @@ def way(
     negative: str,
 ) -> Iterator[str]:  # fmt: skip
     """HTML of the way from one prompt to another: a GIF, and a strip whose PNG says how it was drawn."""
-    asked, sampling = Asked(frames=frames, seed=seed), sampling_of(c, steps, sampler, negative)
+    asked, sampling = Asked(frames=frames, seed=seed), sampling_of(pipeline, c, steps, sampler, negative)
     prompt, to = short(prompt), short(to)
     yield said(f"Drawing {asked.frames} pictures on the way …")
     images = pipeline.interpolate((prompt, to), sampling, seeds=(asked.seed, asked.seed), frames=asked.frames)
@@ -151,8 +151,9 @@ def way(
     yield cards([film, card(strip, "", name=name, shape="wide")])
 
 
-def sampling_of(c: float, steps: int, sampler: str, negative: str) -> Sampling:
-    return Sampling(c=c, steps=steps, sampler=sampler, negative_prompt=short(negative))
+def sampling_of(pipeline: DiffusionPipeline, c: float, steps: int, sampler: str, negative: str) -> Sampling:
+    """What is asked for; in all else, what the checkpoint recommends."""
+    return replace(pipeline.sampling, c=c, steps=steps, sampler=sampler, negative_prompt=short(negative))
 
 
 def short(text: str) -> str:
@@ -210,7 +211,7 @@ def said(text: str) -> str:
 
 def build(pipeline: DiffusionPipeline, about: str) -> gr.Blocks:
     """The page; `about` is its line on who draws."""
-    default, asked = pipeline.resolved(Sampling()), Asked()
+    default, asked = pipeline.resolved(None), Asked()
     ranges = {name: field.metadata["range"] for name, field in Asked.__dataclass_fields__.items()}
 
     def slider(field: str, label: str, **options: Any) -> gr.Slider:
@@ -258,11 +259,12 @@ def build(pipeline: DiffusionPipeline, about: str) -> gr.Blocks:
                     with gr.Row():
                         seed = gr.Number(asked.seed, label="Seed", precision=0, minimum=low, maximum=high)
                         dice = gr.Button("🎲 Another seed")
-                    c = gr.Slider(1, 15, default.c, step=0.5, label="Guidance: how closely to follow the words")
-                    most, label = min(STEPS, pipeline.config.T), "Steps: more are slower and more exact"
-                    steps = gr.Slider(1, most, default.steps, step=1, label=label)
+                    weak, strong = min(1, default.c), max(15, default.c)
+                    c = gr.Slider(weak, strong, default.c, step=0.5, label="Guidance: how closely to follow the words")
+                    most = max(min(STEPS, pipeline.config.T), default.steps)
+                    steps = gr.Slider(1, most, default.steps, step=1, label="Steps: more are slower and more exact")
                     sampler = gr.Dropdown(get_args(Sampler), value=default.sampler, label="Solver")
-                    negative = gr.Textbox("", label="What to avoid", max_length=LETTERS)
+                    negative = gr.Textbox(default.negative_prompt, label="What to avoid", max_length=LETTERS)
                     transparent = gr.Checkbox(
                         True, label="Transparent background", visible=pipeline.config.CHANNELS == 4
                     )

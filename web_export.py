@@ -29,6 +29,7 @@ import dataset
 import portable
 from dataset import DatasetError
 from files import writable
+from guidance import steps_within
 from model import network
 from onnx_graph import to_onnx
 from params import Params, Sampling
@@ -147,6 +148,7 @@ def write(site: Path, pipeline: DiffusionPipeline, sampling: Sampling, about: st
         known = {
             "version": version.hexdigest()[:12], "files": sizes, "about": about, "shape": pipeline.shape,
             "prediction": config.prediction, "sampling": {"c": sampling.c, "steps": sampling.steps},
+            "interval": steps_within(sampling.interval, config.T).tolist(),
             "schedule": {name: np.asarray(level).tolist() for name, level in schedule._asdict().items()},
             "length": config.TEXT_LEN, "dim": encoder.dim, "examples": pipeline.about["prompts"], "parts": parts,
         }  # fmt: skip

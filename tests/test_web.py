@@ -237,6 +237,15 @@ def test_denoised_and_guided(node, kind):
     np.testing.assert_allclose(found, jnp.clip(b + 3 * (a - b), -1, 1).reshape(-1), atol=1e-6)
 
 
+def test_guidance_acts_within_the_interval_and_at_its_ends(node):
+    found = node("data.map((t) => sampler.strengthAt(t, 7, [200, 800]))", [0, 199, 200, 500, 800, 801, 1000])
+    assert found == [1, 1, 7, 7, 7, 1, 1]
+    positive, negative = RANDOM.uniform(-1, 1, size=(2, 50)).astype(np.float32)
+    code = "sampler.guided(...data.map((it) => Float32Array.from(it)), 1)"
+    found = node(code, [positive.tolist(), negative.tolist()])
+    np.testing.assert_allclose(found, positive, atol=1e-7)  # a strength of 1 is the caption alone
+
+
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_pixels(node, channels):
     image = RANDOM.uniform(-1.2, 1.2, size=(1, 40, channels)).astype(np.float32)
@@ -325,12 +334,12 @@ def exported(tiny, tmp_path_factory):
     about = {
         "config": config.to_json(), "encoder": encoder.identity, "schedule": {"name": "cosine", "T": config.T},
         "dataset": {"fingerprint": "0"}, "step": 16, "seconds": 90.0, "prompts": ["red disc", "a box"],
-        "sampling": Sampling(c=3, steps=5).to_json(),
     }  # fmt: skip
     weights = weights_of(config, encoder.dim)
     weights["pooled_text"]["kernel"] *= 30  # so that words matter
     items = {f"ema_{ema}": weights for ema in ("short", "long")}
     checkpoint.Saver().save(root / "final", {**items, "train": {"step": np.int32(16)}}, about, now=True)
+    checkpoint.recommend(root / "final", Sampling(c=3, steps=5, interval=(0.5, 0.9)))
     try:
         packages.fetch(web_export.RUNTIME)
     except packages.PackageError as error:
@@ -347,6 +356,7 @@ def test_the_site_is_whole_and_replaces_an_earlier_one(exported, tmp_path):
     assert {"index.html", "app.js", "sw.js", "style.css"} <= {file.name for file in site.iterdir()}
     assert about["shape"] == [8, 12, 3]
     assert about["sampling"] == {"c": 3, "steps": 5}
+    assert about["interval"] == [25, 45]
     assert "Mine: of the author" in about["about"]
     assert about["parts"][0]["captions"][:3] == ["", "red disc", "green box"]
     assert about["parts"][0]["captions"][-1] == "a box"  # an example that is no training caption
@@ -415,7 +425,7 @@ def test_the_browser_draws_what_python_draws(exported, served, page):
     drawer = DiffusionPipeline(exported[0])
 
     def drawn(prompt, seed, **changes):
-        sampling = Sampling(**{"c": 3, "steps": 5} | changes)
+        sampling = dataclasses.replace(drawer.sampling, **changes)
         return drawer.generate_arrays([prompt], sampling, seeds=seed)[0].astype(int)
 
     page.goto(address)
@@ -426,7 +436,10 @@ def test_the_browser_draws_what_python_draws(exported, served, page):
     page.check("#keep")
     page.fill("#prompt", "red disc")
     page.click("#draw")
-    assert np.abs(latest(page, 1) - drawn("red disc", 7)).max() <= 2
+    right = drawn("red disc", 7)
+    assert np.abs(latest(page, 1) - right).max() <= 2
+    for interval in ((0, 1), (0.5, 1), (0, 0.9)):
+        assert np.abs(drawn("red disc", 7, interval=interval) - right).max() > 4
     assert page.evaluate("crossOriginIsolated")
     with page.expect_download() as download:
         page.click("#gallery .download")

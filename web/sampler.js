@@ -18,6 +18,9 @@ export function denoisedFrom(kind, noisy, predicted, alpha, sigma) {
   return noisy.map((x, i) => formulas[kind](x, predicted[i]));
 }
 
+// The strength of guidance at step t: as asked for within the interval, elsewhere 1, which is none
+export const strengthAt = (t, guidance, [first, last]) => (first <= t && t <= last ? guidance : 1);
+
 // negative + guidance (positive - negative), in [-1, 1]  (Ho & Salimans 2022, Eq. 6)
 export function guided(positive, negative, guidance) {
   return negative.map((n, i) => Math.min(Math.max(n + guidance * (positive[i] - n), -1), 1));

@@ -1,7 +1,7 @@
 // All that takes long, beside the page: loads the network when it is first needed, then draws what the page asks for.
 
 import { keyOf, normal, split } from "./random.js";
-import { denoisedFrom, dpmpp2m, guided, timesteps, toPixels } from "./sampler.js";
+import { denoisedFrom, dpmpp2m, guided, strengthAt, timesteps, toPixels } from "./sampler.js";
 import { embeddingOf, fromHalves, tokenize } from "./text.js";
 
 const RUNTIMES = {
@@ -88,7 +88,7 @@ function joined(a, b) {
 }
 
 async function draw({ prompt, seed, guidance, steps }) {
-  const { shape, prediction, schedule, length, dim } = await site();
+  const { shape, prediction, schedule, interval, length, dim } = await site();
   const [[positive, negative], { Tensor }, unet] = await Promise.all([embed(prompt), runtime(), network()]);
   const text = {
     text_emb: new Tensor("float32", joined(positive.emb, negative.emb), [2, length, dim]),
@@ -101,7 +101,7 @@ async function draw({ prompt, seed, guidance, steps }) {
     const predicted = [output.data.slice(0, noisy.length), output.data.slice(noisy.length)];
     const mix = [schedule.alpha[t], schedule.sigma[t]];
     const [own, empty] = predicted.map((one) => denoisedFrom(prediction, noisy, one, ...mix));
-    return guided(own, empty, guidance);
+    return guided(own, empty, strengthAt(t, guidance, interval));
   }
 
   const channels = shape[2];
