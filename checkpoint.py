@@ -28,7 +28,7 @@ import orbax.checkpoint as ocp
 
 from files import flush, parsed, replacing, sha256
 from params import Sampling
-from portable import ABOUT, CheckpointError, checked
+from sharing.portable import ABOUT, CheckpointError, checked
 
 ITEMS = ("ema_short", "ema_long", "train", "about")
 NAMES = r"epoch\d+|final|stopped"  # of the checkpoints of a run

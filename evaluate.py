@@ -235,9 +235,9 @@ def recommend(subject: Subject) -> None:
     That is the one of lowest KID among those whose drawings are recognised as often as any, as far as the errors tell.
     """
     import checkpoint
-    import portable
     from evaluation import features
     from evaluation.scores import difference, find
+    from sharing import portable
 
     if not subject.path.is_dir():
         raise ValueError(f"--recommend: {subject.path} is not a folder here, which could keep it; download it first")

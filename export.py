@@ -203,7 +203,7 @@ def card(options: Options, pipeline: DiffusionPipeline, found: dict | None) -> s
 
 def refuse(options: Options, folder: Path) -> None:
     """Raise ValueError where a folder holds something else than an export, or what is asked for cannot be done."""
-    import portable
+    from sharing import portable
 
     held = [path.name for path in folder.iterdir() if not path.name.startswith(".")] if folder.exists() else []
     if held:
@@ -228,7 +228,7 @@ def refuse(options: Options, folder: Path) -> None:
 
 def push(folder: Path, name: str) -> None:
     """Upload what was written to the Hugging Face hub; ValueError says why that failed and what to do."""
-    import portable
+    from sharing import portable
 
     try:
         from huggingface_hub import HfApi
@@ -245,12 +245,12 @@ def push(folder: Path, name: str) -> None:
 
 def write_site(options: Options, pipeline: DiffusionPipeline) -> str:
     """Write the site that draws in the browser; returns what was written and how to see it."""
-    import web_export
+    from sharing import web
 
     pictures = re.sub(r"\[(.+?)\]\(.+?\)", r"\1", " ".join(credit(pipeline.config.vendor.split("+"))))
     about = f"The network, {name_of(options)}, has learned from these pictures: {pictures}"
     dtype = "int8" if options.dtype == "int8" else "float16"
-    size = web_export.write(options.web, pipeline, pipeline.resolved(None), about, dtype=dtype)
+    size = web.write(options.web, pipeline, pipeline.resolved(None), about, dtype=dtype)
     return f"{options.web} written, {size / 1e6:.1f} MB (python -m http.server -d {shlex.quote(str(options.web))})"
 
 
@@ -259,9 +259,9 @@ def export(options: Options) -> str:
     options = files.expanded(options)
     checkpoint, folder = map(files.from_home, (Path("models_vA0/final"), *options.paths)[-2:])
     refuse(options, folder)
-    import portable
     from images import captioned_grid, save_png
     from pipeline import DiffusionPipeline
+    from sharing import portable
 
     pipeline = DiffusionPipeline(checkpoint, options.encoder, ema=options.ema)
     for field in ("encoder", "data"):

@@ -25,24 +25,24 @@ from jaxtyping import Bool, UInt8
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent
-OURS = ["checkpoint", "dataset", "files", "guidance", "images", "model", "parallel", "params", "portable", "schedule"]
+OURS = ["checkpoint", "dataset", "files", "guidance", "images", "model", "parallel", "params", "schedule", "sharing"]
 for ours in OURS:
-    theirs = getattr(find_spec(ours), "origin", None)  # a program's own file, if it comes first
-    if Path(theirs or "").resolve().parent != HERE:
-        raise ImportError(f"{theirs} was taken for {HERE / ours}.py: rename it, or put {HERE} first on sys.path")
+    theirs = Path(getattr(find_spec(ours), "origin", None) or "").resolve()  # a program's own file, if it comes first
+    if theirs not in (HERE / f"{ours}.py", HERE / ours / "__init__.py"):
+        raise ImportError(f"{theirs} was taken for {ours} of {HERE}: rename it, or put {HERE} first on sys.path")
 
 import dataset
 import parallel
-import portable
 import schedule as schedules
 from files import from_home, writable
 from guidance import steps_within
 from images import as_picture, as_rgba, load_picture, save_png
 from model import abstract
 from params import Params, Sampling
-from portable import CheckpointError
 from samplers import SOLVERS, timesteps
 from sampling import Controls, Request, build_sampler
+from sharing import portable
+from sharing.portable import CheckpointError
 from text_encoder import TextEncoder, checked
 
 STEPS = 20  # of the sampler, unless the user says otherwise

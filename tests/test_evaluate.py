@@ -25,7 +25,6 @@ import evaluate
 import export
 import files
 import pipeline
-import portable
 import schedule as schedules
 import training
 from evaluate import choose, invented
@@ -33,6 +32,7 @@ from evaluation import features, heldout, judge, report, scores
 from evaluation.scores import Interval, Score, difference
 from model import UNet
 from params import Sampling
+from sharing import portable
 from text_encoder import TextEncoder
 
 # Which captions.

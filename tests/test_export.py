@@ -25,13 +25,13 @@ import checkpoint
 import export
 import files
 import pipeline
-import portable
 import test as sampling_script
 from evaluation import report
 from model import UNet
 from params import Sampling
 from pipeline import DiffusionPipeline
-from portable import CheckpointError
+from sharing import portable
+from sharing.portable import CheckpointError
 from sources import emojis
 
 QUICK = Sampling(steps=1, c=1)

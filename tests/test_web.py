@@ -12,7 +12,6 @@ import json
 import shutil
 import subprocess
 import threading
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +23,13 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import checkpoint
-import portable
 import schedule as schedules
 from images import to_bytes
 from model import UNet, network
 from params import Sampling
 from pipeline import DiffusionPipeline
 from samplers import SOLVERS, FreshNoise, timesteps
+from sharing import portable
 from sources import packages
 from text_encoder import TextEncoder
 
@@ -38,11 +37,8 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="no onnxruntime: pip ins
 pytest.importorskip("onnx", reason="no onnx: pip install -r requirements-web.txt")
 
 import export  # noqa: E402
-import web_export  # noqa: E402
-from onnx_graph import UnsupportedError, to_onnx  # noqa: E402
-
-WEB = Path(web_export.__file__).parent / "web"
-
+from sharing import web  # noqa: E402
+from sharing.onnx_graph import UnsupportedError, to_onnx  # noqa: E402
 
 # A function as ONNX.
 
@@ -140,7 +136,7 @@ def test_the_exported_network_computes_what_the_network_does(tiny, dtype):
     weights, random = weights_of(config, 6), np.random.default_rng(1)
     noisy, text_emb = (random.normal(size=s).astype(np.float32) for s in ((2, 8, 12, 4), (2, config.TEXT_LEN, 6)))
     inputs = noisy, np.int32([49, 3]), text_emb, np.arange(config.TEXT_LEN)[None] < np.array([[5], [2]])
-    exported = computed(web_export.unet(config, weights, 6, dtype), *inputs)
+    exported = computed(web.unet(config, weights, 6, dtype), *inputs)
 
     def rounded(weight):
         return portable._read([*portable.stored("", weight, dtype).values()])
@@ -154,7 +150,7 @@ def test_the_exported_network_computes_what_the_network_does(tiny, dtype):
 def test_the_exported_encoder_is_near_the_encoder(tmp_path):
     encoder = TextEncoder(str(tiny_bert(tmp_path / "bert")))
     tokens, mask = encoder.tokenize(["red heart", "a"], 12)
-    model = web_export.encoder_of(encoder, 12)
+    model = web.encoder_of(encoder, 12)
     exact = np.asarray(encoder.encode(encoder.weights, *jax.device_put((tokens, mask))))
     for row in range(2):
         found = computed(model, tokens[row : row + 1], mask[row : row + 1])[0]
@@ -167,12 +163,12 @@ def test_the_exported_encoder_is_near_the_encoder(tmp_path):
 
 @pytest.fixture(scope="session")
 def node(tmp_path_factory):
-    """Evaluate an expression over the modules of web/ and `data`, in node."""
+    """Evaluate an expression over the modules of the site and `data`, in node."""
     if not shutil.which("node"):
         pytest.skip("node is not here")
     folder = tmp_path_factory.mktemp("node")
     for name in ("random.js", "sampler.js", "text.js"):
-        shutil.copy(WEB / name, folder)
+        shutil.copy(web.PAGE / name, folder)
     (folder / "package.json").write_text('{"type": "module"}')
     (folder / "run.js").write_text(
         """import { readFileSync } from "node:fs";
@@ -260,7 +256,7 @@ def test_pixels(node, channels):
 def test_vectors_of_captions(node, tmp_path):
     encoder = TextEncoder(str(tiny_bert(tmp_path / "bert")))
     captions = ["", "red heart", "a", "heart"]
-    tokens, packed = web_export.embedded(captions, encoder, 12)
+    tokens, packed = web.embedded(captions, encoder, 12)
     data = {"tokens": tokens, "length": 12, "dim": encoder.dim, "bytes": [*packed]}
     for row, (text_emb, text_mask) in enumerate(zip(*encoder(captions, 12), strict=True)):
         code = "text.embeddingOf(data.row, {...data, vectors: text.fromHalves(Uint8Array.from(data.bytes))})"
@@ -292,7 +288,7 @@ def test_words_become_the_tokens_of_the_tokenizer(node, tmp_path, lowercase):
         "a" * 101, "☺️™ #️⃣ *️⃣ 1", "zero\u200bwidth \u00a0 nbsp", "$5 <b> `x` ΣΣ",
         "a b c d e f g h i j k l m n o p q r s t",
     ]  # fmt: skip
-    known = web_export.words_of(encoder.tokenizer)
+    known = web.words_of(encoder.tokenizer)
     tokens, mask = encoder.tokenize(texts, 12)
     for text, row, visible in zip(texts, tokens, mask, strict=True):
         found = node("text.tokenize(data.text, 12, data.known)", {"text": text, "known": known})
@@ -341,7 +337,7 @@ def exported(tiny, tmp_path_factory):
     checkpoint.Saver().save(root / "final", {**items, "train": {"step": np.int32(16)}}, about, now=True)
     checkpoint.recommend(root / "final", Sampling(c=3, steps=5, interval=(0.5, 0.9)))
     try:
-        packages.fetch(web_export.RUNTIME)
+        packages.fetch(web.RUNTIME)
     except packages.PackageError as error:
         pytest.skip(str(error))
     paths = root / "final", root / "folder"
@@ -376,7 +372,7 @@ def test_other_files_are_left_alone(exported, tmp_path):
 def test_without_the_pictures_the_site_knows_the_examples(exported, monkeypatch, capsys):
     drawer = DiffusionPipeline(exported[0])
     drawer.config = dataclasses.replace(drawer.config, data="nowhere")
-    assert web_export.captions_of(drawer) == ["red disc", "a box"]
+    assert web.captions_of(drawer) == ["red disc", "a box"]
     assert "note: the pictures are not here" in capsys.readouterr().err
 
 

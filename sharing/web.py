@@ -1,6 +1,6 @@
 """A folder of static files that draws in a browser: `python export.py CHECKPOINT FOLDER --web SITE`.
 
-    index.html, style.css, *.js      the page, from web/ of this repository
+    index.html, style.css, *.js      the page, from sharing/site
     site.json                        what it must know of this network: sizes, noise levels, captions
     unet.onnx.gz                     the network, for a picture under its caption and under the empty caption
     captions/N.f16.gz                vectors of the empty caption and of the N-th part of the captions, in float16
@@ -26,19 +26,19 @@ import numpy as np
 from tokenizers import Tokenizer
 
 import dataset
-import portable
 from dataset import DatasetError
 from files import writable
 from guidance import steps_within
 from model import network
-from onnx_graph import to_onnx
 from params import Params, Sampling
 from pipeline import DiffusionPipeline
+from sharing import portable
+from sharing.onnx_graph import to_onnx
 from sources import packages
 from sources.names import name_of
 from text_encoder import TextEncoder
 
-PAGE = Path(__file__).resolve().parent / "web"
+PAGE = Path(__file__).resolve().parent / "site"
 RUNTIME = packages.npm("onnxruntime-web", "1.30.0", "d2228df7e4616bc3348bf504ee888f3bec43789a273f0a63f3e68d203ce3bf71")
 ENGINES = {"ort.wasm": "ort-wasm-simd-threaded", "ort.webgpu": "ort-wasm-simd-threaded.asyncify"}  # not the default one
 PART = 64  # captions that are fetched together
