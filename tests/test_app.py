@@ -28,10 +28,10 @@ from gradio.components.image_editor import EditorDataBlobs
 from PIL import Image
 from test_pipeline import tiny, trained  # noqa: F401  (fixtures)
 
-import app
 from images import PictureError
 from params import Sampling
-from pipeline import DiffusionPipeline
+from pipeline import DiffusionPipeline, Edit
+from sharing.page import build, draw, edit_of, launch, way
 
 ROOT = Path(__file__).parent.parent
 JSON = {"Content-Type": "application/json"}
@@ -51,8 +51,8 @@ def address(pipeline, tmp_path_factory):
     """Where the page is served, from a process that reaches no other machine."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
-        page = app.build(pipeline, "about")
-        yield app.launch(page, "127.0.0.1", None).rstrip("/")
+        page = build(pipeline, "about")
+        yield launch(page, "127.0.0.1", None).rstrip("/")
         page.close()
 
 
@@ -85,7 +85,7 @@ def test_a_saved_picture_is_the_file_that_generate_image_writes(address, pipelin
 
 
 def test_pictures_are_seen_while_they_are_drawn(pipeline):
-    first, *previews, last = app.draw(pipeline, **USUAL)
+    first, *previews, last = draw(pipeline, **USUAL)
     assert "Drawing" in first
     assert len(previews) == 5  # after every second of ten steps
     film = pipeline.denoising("red disc", Sampling(steps=10), seed=3)
@@ -98,15 +98,15 @@ def test_pictures_are_seen_while_they_are_drawn(pipeline):
 
 
 def test_what_people_write_stays_text(pipeline):
-    *_, page = app.draw(pipeline, **USUAL | {"prompt": '"><script>alert(1)</script>\x00\u202e🐶'})
+    *_, page = draw(pipeline, **USUAL | {"prompt": '"><script>alert(1)</script>\x00\u202e🐶'})
     assert "<script" not in page
     assert list(saved(page)) == ["script_alert_1_script_3.png"]
-    *_, page = app.way(pipeline, "<b>", "disc", 2, 0, 7, 10, "ddim", "")
+    *_, page = way(pipeline, "<b>", "disc", 2, 0, 7, 10, "ddim", "")
     assert "<b>" not in page
 
 
 def test_a_way_is_a_film_and_a_strip_that_says_how_it_was_drawn(pipeline):
-    *_, page = app.way(pipeline, "red disc", "blue box", 3, 5, 7, 10, "ddim", "")
+    *_, page = way(pipeline, "red disc", "blue box", 3, 5, 7, 10, "ddim", "")
     film, strip = (Image.open(io.BytesIO(data)) for data in saved(page).values())
     assert (film.format, film.n_frames) == ("GIF", 5)
     assert {"prompt": "red disc", "seed": "5", "to": "blue box", "frames": "3"}.items() <= strip.text.items()
@@ -116,7 +116,7 @@ def test_transparency_is_kept_or_laid_on_white(pipeline, monkeypatch):
     see_through = Image.new("RGBA", (12, 8), (10, 20, 30, 0))
     monkeypatch.setattr(pipeline, "watch", lambda *_, **__: iter([[see_through]]))
     for transparent, mode, pixel in ((True, "RGBA", (10, 20, 30, 0)), (False, "RGB", (255, 255, 255))):
-        *_, page = app.draw(pipeline, **USUAL | {"transparent": transparent})
+        *_, page = draw(pipeline, **USUAL | {"transparent": transparent})
         [picture] = (Image.open(io.BytesIO(data)) for data in saved(page).values())
         assert (picture.mode, picture.getpixel((0, 0))) == (mode, pixel)
 
@@ -131,15 +131,15 @@ def test_only_what_was_painted_over_is_drawn_anew(pipeline):
     photo = Image.fromarray(np.random.default_rng(1).integers(0, 256, (8, 12, 3)).astype(np.uint8))
     paint = Image.new("RGBA", photo.size)
     sketch = EditorDataBlobs(background=png(photo), layers=[png(paint)], composite=None)
-    assert app.edit_of(sketch, 0.4, pipeline.shape)._replace(image=None) == app.Edit(None, 0.4)
+    assert edit_of(sketch, 0.4, pipeline.shape)._replace(image=None) == Edit(None, 0.4)
     paint.paste((255, 0, 0, 255), (0, 0, 6, 8))
     sketch.layers = [png(paint)]
-    *_, page = app.draw(pipeline, **USUAL | {"sketch": sketch})
+    *_, page = draw(pipeline, **USUAL | {"sketch": sketch})
     [picture] = (Image.open(io.BytesIO(data)) for data in saved(page).values())
     same = (np.asarray(picture) == np.asarray(photo)).all(-1)
     assert same[:, 6:].all()
     assert not same[:, :6].all()
-    assert app.edit_of(EditorDataBlobs(background=None, layers=[], composite=None), 1, pipeline.shape) is None
+    assert edit_of(EditorDataBlobs(background=None, layers=[], composite=None), 1, pipeline.shape) is None
 
 
 def bomb():
@@ -157,7 +157,7 @@ def bomb():
 @pytest.mark.parametrize("data", [bomb(), b"", b"GIF89a", b"<svg/>", png(Image.new("F", (3, 3)).convert("L"))[:40]])
 def test_uploads_that_are_no_pictures_are_refused(pipeline, data):
     with pytest.raises(PictureError):
-        app.edit_of(EditorDataBlobs(background=data, layers=[], composite=None), 1, pipeline.shape)
+        edit_of(EditorDataBlobs(background=data, layers=[], composite=None), 1, pipeline.shape)
 
 
 def malformed():
@@ -201,8 +201,13 @@ def malformed():
         yield {"sketch": sketch}
 
 
+def times():
+    """When each file of this project was last written."""
+    return {path: path.stat().st_mtime_ns for path in (*ROOT.iterdir(), *(ROOT / "sharing").glob("*.py*"))}
+
+
 def test_malformed_requests_leave_it_serving_and_touch_no_file(address, monkeypatch):
-    before = {path: path.stat().st_mtime_ns for path in ROOT.iterdir()}
+    before = times()
     reached = []
     connect, requests = socket.socket.connect, list(malformed())
     monkeypatch.setattr(socket.socket, "connect", lambda s, to: reached.append(to) or connect(s, to))
@@ -217,7 +222,7 @@ def test_malformed_requests_leave_it_serving_and_touch_no_file(address, monkeypa
         httpx.post(f"{address}/gradio_api/call/draw", content=body, headers=JSON)
     assert ask(address)[-1][0] == "complete"
     assert {to[0] for to in reached} <= {"127.0.0.1"}
-    assert {path: path.stat().st_mtime_ns for path in ROOT.iterdir()} == before
+    assert times() == before
 
 
 def test_the_program_serves_until_it_is_ended_and_asks_no_other_machine(trained, tmp_path):  # noqa: F811

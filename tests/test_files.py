@@ -63,7 +63,7 @@ def test_letters_that_the_encoding_lacks_end_nothing(tmp_path, encoding):
     assert "a line" in (tmp_path / "said").read_text(encoding, errors="replace")
 
 
-@pytest.mark.parametrize("script", ["train", "test", "evaluate", "export", "prepare_dataset"])
+@pytest.mark.parametrize("script", ["train", "test", "evaluate", "export", "prepare_dataset", "app"])
 def test_help_can_be_read_in_any_encoding_and_from_anywhere(tmp_path, script):
     words = [sys.executable, str(ROOT / f"{script}.py"), "--help"]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONSAFEPATH": "1"}

@@ -18,7 +18,7 @@ FLOORS = [  # from the ground up; a module may import from lower floors only
     {"guidance", "dataloader", "sources.emojis", "sources.whole"},
     {"sampling", "ema", "sources.folders", "sources.iconify"},
     {"training", "pipeline"},
-    {"evaluation", "sharing.web"},
+    {"evaluation", "sharing.web", "sharing.page"},
     {"run"},
     {"train", "test", "evaluate", "export", "prepare_dataset", "app"},
 ]
@@ -69,3 +69,11 @@ def test_a_file_of_the_users_own_that_is_taken_for_one_of_ours_is_named(tmp_path
     command = [sys.executable, str(tmp_path / "draw.py")]
     said = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True).stderr
     assert f"ImportError: {tmp_path / name}.py was taken for {name} of {ROOT}: rename it" in said
+
+
+def test_the_page_names_the_file_of_packages_that_it_needs():
+    code = "import sys, app; sys.modules['gradio'] = None; sys.argv = ['app.py']; app.main()"
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert said.returncode == 1
+    assert said.stderr.startswith("app.py: import of gradio")
+    assert said.stderr.endswith(": pip install -r requirements-app.txt\n")
