@@ -12,6 +12,8 @@ import json
 import shutil
 import subprocess
 import threading
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -376,18 +378,34 @@ def test_without_the_pictures_the_site_knows_the_examples(exported, monkeypatch,
     assert "note: the pictures are not here" in capsys.readouterr().err
 
 
+class Served(NamedTuple):
+    """A server of the site: its address, what lets its answers stall while it is set, and what ends it."""
+
+    address: str
+    stalled: threading.Event
+    stop: Callable[[], None]
+
+
 @pytest.fixture
 def served(exported):
-    """The address of a server of the site, and a function that stops it."""
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=exported[1])
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    stalled, done = threading.Event(), threading.Event()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self):
+            if stalled.is_set():
+                done.wait()
+            else:
+                super().do_GET()
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=exported[1]))
     threading.Thread(target=server.serve_forever, daemon=True).start()
 
     def stop():
+        done.set()
         server.shutdown()
         server.server_close()
 
-    yield f"http://127.0.0.1:{server.server_port}/", stop
+    yield Served(f"http://127.0.0.1:{server.server_port}/", stalled, stop)
     stop()
 
 
@@ -417,7 +435,7 @@ def latest(page, n):
 
 @pytest.mark.slow
 def test_the_browser_draws_what_python_draws(exported, served, page):
-    address, stop = served
+    address = served.address
     drawer = DiffusionPipeline(exported[0])
 
     def drawn(prompt, seed, **changes):
@@ -450,9 +468,14 @@ def test_the_browser_draws_what_python_draws(exported, served, page):
     assert np.abs(found - right).mean() < 0.2 * np.abs(other - right).mean()  # the encoder is in int8
     assert np.abs(other - right).mean() > 1
 
-    stop()  # what was loaded is there without a server
+    served.stalled.set()  # what was loaded is there while the network stalls …
     page.goto("about:blank")
     page.goto(address + "#prompt=red+disc&seed=8&guidance=2&steps=4")
     assert np.abs(latest(page, 3) - drawn("red disc", 8, c=2, steps=4)).max() <= 2
+    served.stop()  # … and without a server
+    page.goto("about:blank")
+    page.wait_for_timeout(31_000)  # until the service worker asks the network again
+    page.goto(address + "#prompt=green+box&seed=9")
+    assert np.abs(latest(page, 4) - drawn("green box", 9)).max() <= 2
     page.locator("#gallery .remove").first.click()
-    latest(page, 2)
+    latest(page, 3)

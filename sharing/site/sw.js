@@ -2,6 +2,10 @@
 
 const CACHE = "emoji";
 const HEADERS = { "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp" };
+const PATIENCE = 4; // seconds that the network has for what the cache holds …
+const REST = 30; // … and for how long it is not asked for that again, once it took longer or failed
+
+let restUntil = 0;
 
 self.oninstall = () => self.skipWaiting();
 self.onactivate = (event) => event.waitUntil(self.clients.claim());
@@ -10,18 +14,20 @@ self.onactivate = (event) => event.waitUntil(self.clients.claim());
 async function answer(request) {
   const cache = await caches.open(CACHE);
   const held = await cache.match(request);
-  if (held && new URL(request.url).searchParams.has("v")) return held;
+  if (held && (new URL(request.url).searchParams.has("v") || Date.now() < restUntil)) return held;
   try {
-    const response = await fetch(request);
+    const response = await fetch(request, held && { signal: AbortSignal.timeout(1000 * PATIENCE) });
     if (response.status !== 200) return response;
-    await cache.delete(request, { ignoreSearch: true }); // an earlier version
     const isolated = new Response(response.body, response);
     for (const [name, value] of Object.entries(HEADERS)) isolated.headers.set(name, value);
     await cache.put(request, isolated.clone());
+    const all = await cache.keys(request, { ignoreSearch: true });
+    for (const { url } of all) if (url !== request.url) await cache.delete(url); // earlier versions
     return isolated;
   } catch (error) {
-    if (held) return held;
-    throw error;
+    if (!held) throw error;
+    restUntil = Date.now() + 1000 * REST;
+    return held;
   }
 }
 
