@@ -63,7 +63,8 @@ It reads words through the text encoder `{encoder}`, which is not in this folder
 ![{drawings} drawings of this model, with their captions](grid.png)
 
 Nobody chose among these drawings. Their captions are those of the sample grids of training: evenly spaced among the
-training captions and, if the data holds captions out, among those. Each is drawn once, from seed 0, with {sampling}.
+training captions and, if the data holds captions out, among those, which are marked as unseen. Each is drawn once,
+from seed 0, with {sampling}.
 
 ## Draw
 
@@ -275,7 +276,7 @@ def export(options: Options) -> str:
         portable.write(beside, pipeline.weights, about, dtype=options.dtype)
         written = DiffusionPipeline(beside, options.encoder)
         images = written.generate_images(prompts)
-        save_png(captioned_grid(images, prompts, columns=6, cell=128), beside / "grid.png")
+        save_png(captioned_grid(images, written.titles(prompts), columns=6, cell=128), beside / "grid.png")
         folders = [folder, checkpoint.parent, *sorted(path for path in checkpoint.parent.glob("*") if path.is_dir())]
         found = measured(folders, {written.hash, pipeline.hash})
         (beside / "README.md").write_text(card(options, written, found), encoding="utf-8")

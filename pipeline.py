@@ -162,6 +162,11 @@ class DiffusionPipeline:
             images[first:] = map(as_picture, pixels)
             yield list(images)
 
+    def titles(self, prompts: Sequence[str]) -> list[str]:
+        """What stands under the pictures of a grid: the prompts, with a mark at those that training has held out."""
+        unseen = self.about.get("unseen", ())
+        return [f"{prompt} (unseen)" if prompt in unseen else prompt for prompt in prompts]
+
     @staticmethod
     def _pairs(prompts: Sequence[str], seeds: Seeds) -> tuple[list[list[str]], list[list[int]]]:
         """The prompt and the seed of each picture."""

@@ -177,6 +177,8 @@ def start(
         state = parallel.replicate(training.from_checkpoint(restored))
         about["prompts"] = saved["prompts"]
         print(f"resumed from {newest}, step {step}, with its configuration instead of a preset's")
+    heldout_names = set(unseen.names)
+    about["unseen"] = [prompt for prompt in about["prompts"] if prompt in heldout_names]
     parallel.check_equal(**{part: about[part] for part in ("config", "encoder", "dataset")}, step=step)
 
     files.trim_memory()

@@ -156,7 +156,7 @@ def sample(options: Options, pipeline: "DiffusionPipeline", prompts: Sequence[st
             save_gif(films[number], path.with_suffix(".gif"), cell=options.size)
     path, gifs = options.output / "grid.png", " with a GIF each" if options.animate else ""
     told = pipeline.resolved(sampling).told()
-    save_png(captioned_grid(images, prompts, columns=6, cell=options.size), path)
+    save_png(captioned_grid(images, pipeline.titles(prompts), columns=6, cell=options.size), path)
     return f"{path} and {len(prompts)} pictures beside it{gifs} written; {seconds:.1f} s to sample them with {told}"
 
 

@@ -46,6 +46,7 @@ def trained(tiny, tmp_path_factory):
 
     path = tmp_path_factory.mktemp("models") / "final"
     about = {"config": tiny.to_json(), "encoder": encoder.identity, "step": 1, "prompts": ["red disc", "blue disc"]}
+    about["unseen"] = ["blue disc"]
     about |= {"schedule": {"name": "cosine", "T": tiny.T}, "dataset": {"fingerprint": "0"}, "seconds": 1.5}
     items = {"ema_short": noise(state.ema.short), "ema_long": noise(state.ema.long), "train": {"step": state.step}}
     checkpoint.Saver().save(path, items, about=json.loads(json.dumps(about)), now=True)
@@ -421,6 +422,11 @@ def test_numbers_of_any_kind_are_kept_as_plain_ones(drawer, tmp_path):
     assert odd == Sampling(c=3.0, steps=2, eta=0.0, interval=(0.0, 1.0))
     drawer.generate_image("red disc", tmp_path / "disc.png", sampling=odd)
     assert remembered(tmp_path / "disc.png").sampling == dataclasses.replace(odd, eta=None)
+
+
+def test_a_grid_marks_what_training_has_not_seen(drawer):
+    prompts = ["red disc", "blue disc", "a cat"]
+    assert drawer.titles(prompts) == ["red disc", "blue disc (unseen)", "a cat"]
 
 
 def test_no_prompt_gives_no_picture(drawer):

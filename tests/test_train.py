@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,6 +78,16 @@ def metrics(folder="models_vA0"):
 def weights(path, tiny):
     state = training.init_state(tiny, 384, jax.random.key(1))
     return checkpoint.restore(Path(path), training.to_checkpoint(state))
+
+
+def test_a_checkpoint_knows_which_of_its_prompts_training_has_held_out(call, tiny, linear, tmp_path):
+    data = shutil.copytree(tiny.data, tmp_path / "data")
+    header, *rows = (data / "full_emoji.csv").read_text().splitlines()
+    sides = [f"{row},{'heldout' if 'red' in row else 'train'}" for row in rows]
+    (data / "full_emoji.csv").write_text("\n".join([f"{header},split", *sides]))
+    assert "1 held out" in call(train, *flags(dataclasses.replace(tiny, data=str(data), epochs=1)))
+    about = checkpoint.about(Path("models_vA0/final"))
+    assert about["unseen"] == about["prompts"][-1:] == ["red disc"]
 
 
 def test_from_nothing_to_pictures_and_on(call, tiny):
