@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    checkpoint: Path = Path("models_vA0/final")  # folder of train.py or export.py, or USER/NAME on the Hugging Face hub
+    checkpoint: Path | None = None  # of train.py, export.py or the hub (USER/NAME); models_vA0/final, else pretrained
     encoder: str | None = None  # where the text encoder is, if no longer where the checkpoint was trained
     host: str = "127.0.0.1"  # address to serve on: this machine only, or 0.0.0.0 for all that reach it
     port: int = 7860  # port to serve on
@@ -88,10 +88,12 @@ def serve(options: Options) -> None:
     except ModuleNotFoundError as error:
         raise ValueError(f"{error}: pip install -r requirements-app.txt") from None
     from pipeline import DiffusionPipeline
+    from sharing.portable import default_checkpoint
 
-    pipeline = DiffusionPipeline(options.checkpoint, options.encoder)
+    checkpoint = options.checkpoint or default_checkpoint()
+    pipeline = DiffusionPipeline(checkpoint, options.encoder)
     first, then = warmed(pipeline)
-    name, encoder = Path(*options.checkpoint.parts[-2:]), Path(pipeline.encoder.identity["name"]).name
+    name, encoder = Path(*checkpoint.parts[-2:]), Path(pipeline.encoder.identity["name"]).name
     size = f"{pipeline.config.W} × {pipeline.config.H} pixels"
     about = f"The model {name} draws {size} in about {then:.1f} s. {encoder} reads your words."
     with tempfile.TemporaryDirectory() as folder:

@@ -47,7 +47,7 @@ CURVE = 64  # training captions sampled for each checkpoint of a curve over time
 
 @dataclass(frozen=True)
 class Options:
-    checkpoint: Path = Path("models_vA0/final")  # of train.py, of a whole run, of export.py, or USER/NAME on the hub
+    checkpoint: Path | None = None  # as of test.py, or the folder of a whole run; models_vA0/final, else pretrained
     report: Path | None = None  # folder for report.html and results.json
     compare: tuple[Path, ...] = ()  # results.json of two or more reports, to set side by side
     recommend: tuple[float, ...] = ()  # guidance (c) to choose from, on held-out captions, for this checkpoint
@@ -347,18 +347,20 @@ def write_report(subject: Subject, over_time: list[dict]) -> None:
 def evaluate(options: Options) -> None:
     import checkpoint
     from evaluation import report
+    from sharing import portable
 
     if options.compare:
         print(report.comparison([files.from_home(path) for path in options.compare]))
         return
     if options.samples < 2:
         raise ValueError(f"--samples {options.samples}: at least 2 are needed")
-    run = checkpoint.checkpoints(options.checkpoint)
+    path = options.checkpoint or portable.default_checkpoint()
+    run = checkpoint.checkpoints(path)
     over_time = [point_of_curve(load(path, options)) for path in run]
     if run:
         print(report.curve(over_time))
     if options.report or options.recommend or not run:
-        subject = load(run[-1] if run else options.checkpoint, options)
+        subject = load(run[-1] if run else path, options)
         if options.recommend:
             recommend(subject)
         elif options.report:

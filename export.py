@@ -117,7 +117,7 @@ Paths = Annotated[
 
 @dataclass(frozen=True)
 class Options:
-    paths: Paths  # what train.py wrote, models_vA0/final if it is left out, and the folder to write
+    paths: Paths  # what train.py wrote (models_vA0/final, else pretrained, if it is left out), and the folder to write
     ema: Literal["short", "long"] | None = None  # which average of the weights; short if nothing is said
     dtype: Literal["float32", "float16", "int8"] = "float32"  # what the weights are stored as
     encoder: str | None = None  # where the text encoder is, if no longer where the checkpoint was trained
@@ -258,11 +258,15 @@ def write_site(options: Options, pipeline: DiffusionPipeline) -> str:
 def export(options: Options) -> str:
     """Write, draw and describe a network, in a folder that is replaced as a whole; returns what was written where."""
     options = files.expanded(options)
-    checkpoint, folder = map(files.from_home, (Path("models_vA0/final"), *options.paths)[-2:])
+    from sharing import portable
+
+    folder = files.from_home(options.paths[-1])
+    checkpoint = files.from_home(options.paths[0]) if len(options.paths) > 1 else portable.default_checkpoint()
     refuse(options, folder)
+    if folder.resolve() == checkpoint.resolve():
+        raise ValueError(f"{folder} holds what is to be exported; choose another folder to write")
     from images import captioned_grid, save_png
     from pipeline import DiffusionPipeline
-    from sharing import portable
 
     pipeline = DiffusionPipeline(checkpoint, options.encoder, ema=options.ema)
     for field in ("encoder", "data"):

@@ -70,11 +70,11 @@ class DiffusionPipeline:
     """
 
     def __init__(
-        self, checkpoint: str | Path = "models_vA0/final", encoder: str | None = None, *,
+        self, checkpoint: str | Path | None = None, encoder: str | None = None, *,
         ema: Literal["short", "long"] | None = None, guide: str | Path | None = None,
     ):  # fmt: skip
         """checkpoint: a folder that train.py or export.py wrote, or an exported one on the Hugging Face hub,
-        "user/name" or "user/name@revision".
+        "user/name" or "user/name@revision"; if nothing is said, models_vA0/final, or where there is none pretrained/.
         encoder: where the text encoder is, if no longer under the name that the checkpoint was trained with.
         ema: which of the two averages of the weights samples; if nothing is said, the short one, or the one that an
         exported folder holds.
@@ -88,7 +88,7 @@ class DiffusionPipeline:
         for field in ("H", "W", "CHANNELS", "T", "TEXT_LEN", "zero_terminal_snr") if other else ():
             here, there = getattr(own.config, field), getattr(other.config, field)
             if here != there:
-                raise ValueError(f"guide = {guide}: {field} is {there}, that of {checkpoint} {here}; take another")
+                raise ValueError(f"guide = {guide}: {field} is {there}, that of the checkpoint {here}; take another")
         self._assemble(own, other)
 
     @classmethod
@@ -293,12 +293,12 @@ class _Network(NamedTuple):
     ema: str = ""  # which average of the weights it has
 
 
-def recommended(name: str | Path) -> Sampling:
+def recommended(name: str | Path | None) -> Sampling:
     """How a checkpoint is best sampled: what `evaluate.py --recommend` or its author found, or the defaults."""
     return Sampling.from_json(_opened(name)[2]["sampling"])
 
 
-def _opened(name: str | Path) -> tuple[Path, ModuleType, dict]:
+def _opened(name: str | Path | None) -> tuple[Path, ModuleType, dict]:
     """Where a checkpoint is, the module that reads it, and what it says about itself."""
     path = portable.locate(name)
     if portable.is_exported(path):
@@ -308,7 +308,7 @@ def _opened(name: str | Path) -> tuple[Path, ModuleType, dict]:
     return path, source, source.about(path)
 
 
-def _load(name: str | Path, encoder: TextEncoder | str | None, ema: str | None) -> _Network:
+def _load(name: str | Path | None, encoder: TextEncoder | str | None, ema: str | None) -> _Network:
     """The network of a checkpoint with averaged weights, and its text encoder or the one given (a name or folder)."""
     path, source, about = _opened(name)
     try:

@@ -1,7 +1,8 @@
 """Sample from a trained checkpoint: `python test.py [--prompts "red heart" "cat face" …]`.
 
 Without prompts, takes the examples that the checkpoint carries: captions it was trained on, then captions it has
-never seen. Writes a captioned grid and each picture into one folder; a picture's PNG says how it was made.
+never seen. Without a checkpoint, takes models_vA0/final or, where there is none, the bundled network in pretrained/.
+Writes a captioned grid and each picture into one folder; a picture's PNG says how it was made.
 
     python test.py --prompts "cat face" --c 3 --sampler ddpm      other choices (all are below)
     python test.py --prompts "cat face" --to "dog face"           from one prompt to another, a strip and a GIF
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Options:
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
-    checkpoint: Path = Path("models_vA0/final")  # folder of train.py or export.py, or USER/NAME on the Hugging Face hub
+    checkpoint: Path | None = None  # of train.py, export.py or the hub (USER/NAME); models_vA0/final, else pretrained
     ema: Literal["short", "long"] | None = None  # which average of the weights samples; short, or the only one there
     guide: Path | None = None  # an earlier or smaller checkpoint to steer away from, instead of the empty caption
     encoder: str | None = None  # where the text encoder is, if no longer where the checkpoint was trained

@@ -17,7 +17,7 @@ import tyro
 
 @dataclass(frozen=True)
 class Options:
-    checkpoint: Path = Path("models_vA0/final")  # folder written by train.py
+    checkpoint: Path | None = None  # of train.py or export.py; models_vA0/final, else pretrained
     captions: int = 16  # how many of the training captions, spread over the data
     evaluations: tuple[int, ...] = (5, 10, 15, 20, 50, 100, 250)  # of the network, each of them guided
     c: float = 7.0  # guidance

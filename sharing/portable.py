@@ -23,13 +23,15 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from files import from_home, open_regular, parsed, replacing, sha256
+from files import from_home, open_regular, parsed, replacing, say_once, sha256
 from params import Sampling
 
 FORMAT = "emoji-diffusion 1"  # of both files; any change of what they mean needs another number
 FILES = ("model.safetensors", "config.json")
 STORED = {"float32": "F32", "float16": "F16", "int8": "I8"}  # safetensors' names
 LARGEST_CONFIG = 2**24  # bytes
+FIRST_RUN = Path("models_vA0/final")  # what train.py writes where no other folder is named
+BUNDLED = Path(__file__).resolve().parent.parent / "pretrained"  # the network that comes with this program
 ABOUT = {  # what a network must say about itself, in a checkpoint and in config.json, and when that is right
     "config": lambda it: isinstance(it, dict),
     "encoder": lambda it: isinstance(it["sha256"], str),
@@ -64,11 +66,26 @@ def checked(about: dict, path: Path, right: dict[str, Callable[[Any], Any]]) -> 
     return about
 
 
-def locate(name: str | Path) -> Path:
+def default_checkpoint() -> Path:
+    """The checkpoint where none is named: that of the first run or, where there is none, the bundled network."""
+    replaced = FIRST_RUN.parent / ".replaced" / FIRST_RUN.name  # where a killed trainer may have left it
+    if FIRST_RUN.exists() or replaced.exists():
+        return FIRST_RUN
+    if not is_exported(BUNDLED):
+        what = f"there is neither {FIRST_RUN} nor a network in {BUNDLED}"
+        raise CheckpointError(f"no checkpoint: {what}; train one: python train.py quick")
+    say_once(f"there is no {FIRST_RUN}: the network is that of {BUNDLED}")
+    return BUNDLED
+
+
+def locate(name: str | Path | None) -> Path:
     """A local path itself, or the folder of a model that the Hugging Face hub calls "user/name[@revision]".
 
-    The hub is asked only where neither the path nor the folder that it begins with is here.
+    The hub is asked only where neither the path nor the folder that it begins with is here. If nothing is named, it is
+    the default checkpoint.
     """
+    if name is None:
+        return default_checkpoint()
     path, on_hub = from_home(name), re.fullmatch(HUB, str(name))
     if not on_hub or path.exists() or Path(path.parts[0]).exists():
         return path

@@ -576,6 +576,15 @@ def test_an_exported_folder_is_evaluated_as_its_checkpoint_with_the_one_average_
     assert export.measured([Path("exported")], {"of another"}) is None
 
 
+def test_where_no_checkpoint_is_named_the_bundled_network_is_measured(call, random_samples, monkeypatch, tmp_path):
+    drawer = pipeline.DiffusionPipeline("models/final")
+    bundled = tmp_path / "pretrained"
+    bundled.mkdir()
+    portable.write(bundled, drawer.weights, {**drawer.about, "ema": "short", "sampling": {}}, dtype="float32")
+    monkeypatch.setattr(portable, "BUNDLED", bundled)
+    assert "16 captions of 16 training pictures" in call("--samples", "24")
+
+
 def test_caption_accuracy_needs_no_extractor(call, random_samples, monkeypatch):
     monkeypatch.setattr(features, "load", None)
     said = call("--checkpoint", "models/final", "--samples", "24", "--c", "3")

@@ -239,8 +239,20 @@ def test_a_folder_that_holds_something_else_is_left_alone(call, trained):
     assert "clone written" in call("clone")
 
 
-def test_one_path_is_the_folder_and_the_checkpoint_is_that_of_the_first_run(call):
-    assert re.search(r"export\.py: no checkpoint at \S+models_vA0/final; train one", call(source="tiny"))
+def test_one_path_is_the_folder_and_the_checkpoint_is_the_default(call, trained, bundled):
+    assert "tiny written" in call(source="tiny")
+    assert DiffusionPipeline("tiny").hash == DiffusionPipeline(bundled).hash
+    shutil.copytree(trained, "models_vA0/final")
+    assert "tiny written" in call("--ema", "long", source="tiny")
+    assert DiffusionPipeline("tiny").hash == DiffusionPipeline(trained, ema="long").hash
+
+
+def test_an_export_is_not_written_over_itself(call, exported):
+    shutil.copytree(exported, "tiny")
+    before = contents(Path("tiny"))
+    said = call("tiny", "--dtype", "int8", source="tiny")
+    assert said == "export.py: tiny holds what is to be exported; choose another folder to write"
+    assert contents(Path("tiny")) == before
 
 
 def test_paths_that_everybody_will_read_are_named(call, tiny):
@@ -256,6 +268,56 @@ def test_a_recommendation_that_cannot_be_sampled_is_refused(call, tiny):
     assert "export.py: final: about does not say sampling as it should" in call("tiny", source="final")
     Path("final/sampling.json").write_text("{")
     assert re.search(r"export\.py: \S*final/sampling\.json cannot be read .*: delete it", call("tiny", source="final"))
+
+
+# Where no checkpoint is named.
+
+
+@pytest.fixture
+def bundled(exported, tmp_path_factory, monkeypatch):
+    """Another network, in the place of the one that comes with the program."""
+    folder = shutil.copytree(exported, tmp_path_factory.mktemp("program") / "pretrained")
+    found = load_file(folder / "model.safetensors")
+    save_file({name: -tensor for name, tensor in found.items()}, folder / "model.safetensors")
+    sealed(folder)
+    monkeypatch.setattr(portable, "BUNDLED", folder)
+    files.say_once.cache_clear()
+    return folder
+
+
+def test_the_bundled_network_lies_beside_the_program():
+    assert Path(pipeline.__file__).resolve().parent / "pretrained" == portable.BUNDLED
+
+
+def test_the_bundled_network_draws_where_there_is_no_first_run_and_says_so_once(bundled, capfd):
+    for _ in range(2):
+        np.testing.assert_array_equal(draw(), draw(bundled))
+    options = sampling_script.Options(QUICK, prompts=("red disc",), output=Path("drawn"))
+    assert "written" in sampling_script.run(options)
+    assert capfd.readouterr().err == f"\nthere is no models_vA0/final: the network is that of {bundled}\n"
+
+
+@pytest.mark.parametrize("place", ["models_vA0/final", "models_vA0/.replaced/final"])
+def test_the_first_run_is_preferred_and_a_checkpoint_that_is_named_is_never_replaced(
+    bundled, trained, exported, capfd, place
+):
+    shutil.copytree(trained, place)
+    np.testing.assert_array_equal(draw(), draw(trained))
+    np.testing.assert_array_equal(draw(exported), draw(trained))
+    for file in Path(place).glob("ema_short/**/*"):
+        file.is_file() and file.unlink()
+    with pytest.raises(CheckpointError, match=r"final is not whole: missing: ema_short"):
+        DiffusionPipeline()
+    with pytest.raises(CheckpointError, match=r"no checkpoint at .*nowhere"):
+        DiffusionPipeline("nowhere")
+    assert capfd.readouterr().err == ""
+
+
+def test_without_any_network_the_message_says_how_to_get_one(monkeypatch, tmp_path):
+    monkeypatch.setattr(portable, "BUNDLED", tmp_path / "pretrained")
+    message = r"there is neither models_vA0/final nor a network in .*/pretrained; train one: python train\.py quick"
+    with pytest.raises(CheckpointError, match=message):
+        DiffusionPipeline()
 
 
 # What is refused.
