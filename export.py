@@ -84,8 +84,8 @@ Or in a shell: `{shell}`
 
 ## How it was trained
 
-{steps:,} steps of {config.B} pictures each took {minutes:,.0f} minutes. {passes}The weights are averages over about
-the last {share:.0%} of these steps. `config.json` has every field of the configuration. Some of them:
+{steps:,} steps of {config.B} pictures each took {minutes:,.0f} minutes. {passes}{origin}The weights are averages over
+about the last {share:.0%} of these steps. `config.json` has every field of the configuration. Some of them:
 
 | field | value |
 |---|---|
@@ -175,6 +175,7 @@ def card(options: Options, pipeline: DiffusionPipeline, found: dict | None) -> s
 
     about, config, name = pipeline.about, pipeline.config, name_of(options)
     vendors, many = config.vendor.split("+"), about["dataset"].get("pictures")
+    origin = about.get("started_from")  # hash of the network
     known = [PICTURES[vendor] for vendor in vendors if vendor in PICTURES]
     licence = known[0][1] if len(known) == len(vendors) == 1 else "other"
     metadata = ModelCardData(
@@ -195,6 +196,7 @@ def card(options: Options, pipeline: DiffusionPipeline, found: dict | None) -> s
         shell=f"python test.py --checkpoint {name} --prompts {shlex.quote(about['prompts'][0])}",
         pictures="\n".join(pictures), steps=about["step"], minutes=about["seconds"] / 60,
         passes=f"Each picture was seen about {about['step'] * config.B / many:,.0f} times. " if many else "",
+        origin=f"The run began with the weights of another network, `{origin[:12]}…`. " if origin else "",
         share=getattr(config, f"ema_{pipeline.ema}"),
         fields="\n".join(f"| `{field}` | {getattr(config, field)} |" for field in TOLD),
         results=results(found, pipeline) if found else f"Nothing is measured yet. This does it: {measure}",

@@ -70,12 +70,12 @@ class DiffusionPipeline:
     """
 
     def __init__(
-        self, checkpoint: str | Path | None = None, encoder: str | None = None, *,
+        self, checkpoint: str | Path | None = None, encoder: str | TextEncoder | None = None, *,
         ema: Literal["short", "long"] | None = None, guide: str | Path | None = None,
     ):  # fmt: skip
         """checkpoint: a folder that train.py or export.py wrote, or an exported one on the Hugging Face hub,
         "user/name" or "user/name@revision"; if nothing is said, models_vA0/final, or where there is none pretrained/.
-        encoder: where the text encoder is, if no longer under the name that the checkpoint was trained with.
+        encoder: where the text encoder is, if no longer under the name that the checkpoint was trained with; or itself.
         ema: which of the two averages of the weights samples; if nothing is said, the short one, or the one that an
         exported folder holds.
         guide: an earlier or smaller checkpoint to steer away from, instead of the empty caption (autoguidance).
@@ -285,6 +285,37 @@ class DiffusionPipeline:
         return image, mask
 
 
+class Saved(NamedTuple):
+    """A network on the disk: what it says about itself, and the module that reads its weights."""
+
+    path: Path
+    source: ModuleType
+    about: dict[str, Any]
+    config: Params
+
+
+def saved(name: str | Path | None) -> Saved:
+    """The network of a checkpoint, found and described, but not read; CheckpointError where this cannot be done."""
+    path = portable.locate(name)
+    if portable.is_exported(path):
+        source = portable
+    else:
+        import checkpoint as source  # only here: Orbax takes long to import, and an exported folder needs none
+    about = source.about(path)
+    try:
+        config = Params.from_json(about["config"])
+        if about["schedule"] != {"name": schedules.NAME, "T": config.T}:
+            raise ValueError(f"schedule {about['schedule']}: only {schedules.NAME!r} is known")
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: about: {error}") from error
+    return Saved(path, source, about, config)
+
+
+def recommended(name: str | Path | None) -> Sampling:
+    """How a checkpoint is best sampled: what `evaluate.py --recommend` or its author found, or the defaults."""
+    return Sampling.from_json(saved(name).about["sampling"])
+
+
 class _Network(NamedTuple):
     about: dict[str, Any]  # the JSON part of its checkpoint
     config: Params
@@ -293,30 +324,9 @@ class _Network(NamedTuple):
     ema: str = ""  # which average of the weights it has
 
 
-def recommended(name: str | Path | None) -> Sampling:
-    """How a checkpoint is best sampled: what `evaluate.py --recommend` or its author found, or the defaults."""
-    return Sampling.from_json(_opened(name)[2]["sampling"])
-
-
-def _opened(name: str | Path | None) -> tuple[Path, ModuleType, dict]:
-    """Where a checkpoint is, the module that reads it, and what it says about itself."""
-    path = portable.locate(name)
-    if portable.is_exported(path):
-        source = portable
-    else:
-        import checkpoint as source  # only here: Orbax takes long to import, and an exported folder needs none
-    return path, source, source.about(path)
-
-
 def _load(name: str | Path | None, encoder: TextEncoder | str | None, ema: str | None) -> _Network:
     """The network of a checkpoint with averaged weights, and its text encoder or the one given (a name or folder)."""
-    path, source, about = _opened(name)
-    try:
-        config = Params.from_json(about["config"])
-        if about["schedule"] != {"name": schedules.NAME, "T": config.T}:
-            raise ValueError(f"schedule {about['schedule']}: only {schedules.NAME!r} is known")
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: about: {error}") from error
+    path, source, about, config = saved(name)
     if not isinstance(encoder, TextEncoder):
         encoder = TextEncoder(encoder or config.encoder)
     then, now = about["encoder"]["sha256"], encoder.identity["sha256"]

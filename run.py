@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 import checkpoint
 import dataset
+import ema
 import files
 import parallel
 import schedule
@@ -80,6 +81,15 @@ class Run:
             program = train_step.lower(*arguments).compile()
             files.trim_memory()  # a quarter of a gigabyte, of `quick`
         return program
+
+    def start_from(self, state: TrainState, network: Path) -> TrainState:
+        """The state before the first step, with the averaged weights of another network in the place of random ones."""
+        given = DiffusionPipeline(network, self.encoder)
+        parallel.check_equal(start_from=given.hash)
+        self.about["started_from"] = given.hash
+        print(f"starting with the averaged weights of {network}, {given.hash[:12]}…")
+        weights, averages = parallel.replicate((given.weights, ema.start(given.weights)))
+        return state._replace(weights=weights, ema=averages)
 
     def save(self, state: TrainState, name: str, *, now: bool = False) -> Path:
         """Write a checkpoint: in the background, or before this returns."""
@@ -175,7 +185,7 @@ def start(
         step, seconds = saved["step"], saved["seconds"]
         restored = checkpoint.restore(newest, training.to_checkpoint(state))
         state = parallel.replicate(training.from_checkpoint(restored))
-        about["prompts"] = saved["prompts"]
+        about |= {part: saved[part] for part in ("prompts", "started_from") if part in saved}
         print(f"resumed from {newest}, step {step}, with its configuration instead of a preset's")
     heldout_names = set(unseen.names)
     about["unseen"] = [prompt for prompt in about["prompts"] if prompt in heldout_names]

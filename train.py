@@ -4,7 +4,8 @@ Without a preset, the one that fits this machine is taken; every field of it can
 Missing pictures are prepared first. Checkpoints go to `models_vA0/epoch{N}` and `models_vA0/final`, the loss to
 `models_vA0/metrics.jsonl`, sample grids to `validation_images/models_vA0/`. Ctrl-C saves and stops. With `--resume` the
 same command starts a run, goes on with one that was stopped or killed, and ends it with the weights that it would have
-had without that (bit for bit on a CPU).
+had without that (bit for bit on a CPU). With `--start_from pretrained` a new run starts with the averaged weights of
+another network, whatever wrote it: train.py, export.py or, as USER/NAME, the Hugging Face hub.
 """
 
 import dataclasses
@@ -38,6 +39,10 @@ MAY_CHANGE = {  # between a run and its resumption
     "data", "epochs", "minutes", "learning_rate", "clip", "weight_decay", "accumulate", "compute",
     "log_every", "sample_every", "save_every", "keep",
 }  # fmt: skip
+NETWORK = {  # what the weights are and mean: a run that starts from another network has these fields of it
+    "H", "W", "CHANNELS", "TEXT_LEN", "augmentation", "T", "zero_terminal_snr", "prediction", "T_dim", "T_out",
+    "BASE_DIM", "DIM_MULTS", "PATCH", "REFINER", "BLOCKS", "self_attention", "cross_attention", "HEAD_DIM",
+}  # fmt: skip
 
 
 # Configuration.
@@ -48,6 +53,7 @@ class Options:
     config: Annotated[Params, tyro.conf.arg(name="")]
     output: Path = Path("models_vA0")  # folder of the checkpoints and metrics.jsonl; each run has its own
     resume: bool = False  # go on from the newest whole checkpoint in the output folder, if there is one
+    start_from: Path | None = None  # network whose averaged weights a new run starts with: a checkpoint, an export
     dry_run: bool = False  # print configuration, parameters, FLOPs and memory of a step, then stop
     distributed: bool = False  # this process is one of several, found by SLURM or named by JAX_PROCESS_ID
     track: tuple[tracking.Name, ...] = ()  # where to watch the run, besides metrics.jsonl
@@ -94,6 +100,26 @@ def resolve(config: Params) -> Params:
     if config.data == Params.data:
         config = dataclasses.replace(config, vendor=emojis.ensure(Path(config.data), config.vendor))
     return dataclasses.replace(config, encoder=text_encoder.resolved(config.encoder))
+
+
+def started_config(options: Options) -> Params:
+    """The configuration of a new run: where it starts from another network, with the fields of that."""
+    if options.start_from is None:
+        return options.config
+    import pipeline
+
+    path, _, _, theirs = pipeline.saved(options.start_from)
+    named = {word[2:].partition("=")[0].replace("-", "_") for word in sys.argv[1:] if word.startswith("--")}
+    given, fields = vars(options.config), {name: vars(theirs)[name] for name in (*NETWORK, "encoder")}
+    if differ := [name for name in sorted(named & NETWORK) if fields[name] != given[name]]:
+        what = "; ".join(f"{name} is {fields[name]!r}, not {given[name]!r}" for name in differ)
+        sys.exit(f"--start_from: in the network of {path}, {what}. Leave these out, or train without --start_from")
+    if "encoder" in named:  # where it is now; whether it is the same, its files say
+        del fields["encoder"]
+    try:
+        return dataclasses.replace(options.config, **fields)
+    except ValueError as error:
+        sys.exit(f"--start_from: the network of {path} does not go with the other fields: {error}")
 
 
 def resumed_config(newest: Path) -> Params:
@@ -167,6 +193,8 @@ def train(options: Options) -> str | None:
 
     # State
     run, state = start(config, options.output, newest, encoder, pictures, options.track)
+    if options.start_from and newest is None:
+        state = run.start_from(state, options.start_from)
 
     # Loop
     try:
@@ -196,7 +224,7 @@ def configure(options: Options) -> tuple[Params, Path | None]:
         sys.exit(f"{output} already holds {newest.name}: go on with --resume, or train elsewhere with --output FOLDER")
     if parallel.is_main():
         checkpoint.rehearse(output)
-    config = options.config if newest is None else resumed_config(newest)
+    config = started_config(options) if newest is None else resumed_config(newest)
     parallel.check_batch_size(config)
     if config.compute == "bfloat16" and not parallel.on_accelerator():
         print("--compute bfloat16: slower than float32 on most CPUs", file=sys.stderr)
@@ -305,7 +333,7 @@ def main() -> None:
         if options.dry_run:
             from evaluation.forecast import forecast
 
-            ended = forecast(options.config)
+            ended = forecast(started_config(options))
         else:
             with files.locked(options.output) if parallel.is_main() else nullcontext():
                 ended = train(options)

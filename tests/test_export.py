@@ -455,6 +455,13 @@ def test_the_card_says_what_the_network_is_and_how_to_draw(exported):
     assert Path("drawing.png").is_file()
 
 
+def test_the_card_names_the_network_that_the_run_started_from(call, tiny, exported):
+    save(Path("final"), tiny, started_from="0123456789abcdef")
+    assert "tiny written" in call("tiny", source="final")
+    assert "The run began with the weights of another network, `0123456789ab…`." in parts("tiny")[1]
+    assert "The run began" not in parts(exported)[1]
+
+
 def test_licences_are_those_that_the_sources_name(call, exported):
     assert export.PICTURES.keys() == set(emojis.VENDORS)
     assert "written" in call("tiny", "--license", "mit")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -36,7 +37,10 @@ import train
 import training
 from images import save_png
 from params import PRESETS, Params, Sampling
+from pipeline import DiffusionPipeline
 from run import Due, Run
+from sharing import portable
+from text_encoder import TextEncoder
 
 ROOT = Path(__file__).parent.parent
 
@@ -157,6 +161,102 @@ def test_from_nothing_to_pictures_and_on(call, tiny):
     said = call(evaluate, "--steps", "2")
     assert "8 captions of 8 training pictures, guidance 7" in said
     assert "chance                    12.5%    62.5%            4" in said
+
+
+@pytest.fixture
+def exported(tiny):
+    """A function that writes an exported network of random weights and gives its folder and its weights."""
+
+    def write(config=tiny, folder="pretrained"):
+        state, random = training.init_state(config, 384, jax.random.key(1)), np.random.default_rng(0)
+        given = jax.tree.map(lambda w: np.asarray(0.1 * random.normal(size=w.shape), np.float32), state.weights)
+        about = {
+            "config": config.to_json(), "encoder": TextEncoder(config.encoder).identity, "step": 5, "seconds": 1.0,
+            "schedule": {"name": "cosine", "T": config.T}, "dataset": {"fingerprint": "0"}, "prompts": ["red disc"],
+            "ema": "long", "sampling": {},
+        }  # fmt: skip
+        Path(folder).mkdir()
+        portable.write(Path(folder), given, json.loads(json.dumps(about)), dtype="float32")
+        return folder, given
+
+    return write
+
+
+def near(a, b):
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), a, b)
+
+
+def test_a_run_that_learns_nothing_ends_with_the_averages_that_it_started_from(call, tiny, linear, exported):
+    folder, given = exported()
+    still = dataclasses.replace(tiny, learning_rate=0.0)
+    said = call(train, *flags(still), "--start_from", folder)
+    drawer = DiffusionPipeline(folder)
+    assert f"starting with the averaged weights of pretrained, {drawer.hash[:12]}…" in said
+    found = weights("models_vA0/final", tiny)
+    jax.tree.map(np.testing.assert_array_equal, found["train"]["weights"], given)
+    near(found["ema_short"], given)
+    near(found["ema_long"], given)
+    assert checkpoint.about(Path("models_vA0/final"))["started_from"] == drawer.hash
+    call(train, *flags(still), "--start_from", "models_vA0/final", "--output", "again")
+    near(weights("again/final", tiny)["ema_short"], given)
+
+
+def test_averages_hold_nothing_of_random_weights_from_the_first_step_on(call, tiny, linear, exported):
+    folder, given = exported()
+    config = dataclasses.replace(tiny, epochs=1, B=8, learning_rate=1e-4, warmup=0)  # a single step
+    call(train, *flags(config), "--start_from", folder)
+    for average in ("ema_short", "ema_long"):
+        leaves = zip(*map(jax.tree.leaves, (weights("models_vA0/final", config)[average], given)), strict=True)
+        moved = [np.abs(np.asarray(a) - b).max() for a, b in leaves]
+        assert 0 < max(moved) < 1.1e-4  # Adam's first step is at most the learning rate, and the decay of weights less
+
+
+def test_a_run_that_was_started_from_a_network_goes_on_without_it_to_the_same_end(call, tiny, linear, exported):
+    folder, _ = exported()
+    longer = dataclasses.replace(tiny, epochs=4)
+    call(train, *flags(longer), "--start_from", folder, "--output", "undisturbed")
+    call(train, *flags(tiny), "--start_from", folder)
+    shutil.rmtree(folder)
+    for more in (), ("--start_from", folder):  # the command that is printed still has it
+        assert "resumed from models_vA0/final" in call(train, *flags(longer), *more, "--resume")
+        assert "started_from" in checkpoint.about(Path("models_vA0/final"))
+    resumed, undisturbed = (weights(f"{name}/final", tiny) for name in ("models_vA0", "undisturbed"))
+    jax.tree.map(np.testing.assert_array_equal, resumed, undisturbed)
+
+
+def test_the_network_comes_from_where_a_run_starts_and_the_recipe_from_the_command_line(
+    call, tiny, linear, exported, tmp_path
+):
+    other = dataclasses.replace(tiny, TEXT_LEN=9, T=40, prediction="v", B=2, learning_rate=0.5)
+    folder, _ = exported(other)
+    words = ["quick", "--data", tiny.data, "--vendor", "Mine", "--epochs", "1", "--start_from", folder]
+    call(train, *words, "--T", "40")
+    found = Params.from_json(checkpoint.about(Path("models_vA0/final"))["config"])
+    network = {name: vars(other)[name] for name in train.NETWORK}
+    recipe = {"data": tiny.data, "vendor": "Mine", "epochs": 1, "encoder": tiny.encoder}
+    assert found == dataclasses.replace(PRESETS["quick"], **network, **recipe)
+
+    words += ["--output", "another"]
+    refused = "--start_from: in the network of pretrained, H is 8, not 64; PATCH is 1, not 4. Leave these out"
+    assert refused in call(train, *words, "--PATCH", "4", "--H=64")
+    assert "the network of zero does not go with the other fields: zero_terminal_snr" in call(
+        train, *words[:-3], exported(dataclasses.replace(other, zero_terminal_snr=True), "zero")[0],
+        "--loss_weight", "min_snr", "--output", "another",
+    )  # fmt: skip
+    assert "no checkpoint at" in call(train, *words[:-3], "nowhere", "--output", "another")
+    encoder = shutil.copytree(TextEncoder(tiny.encoder).folder, tmp_path / "encoder")
+    assert "another/final and" in call(train, *words, "--encoder", encoder)
+    (encoder / "config.json").write_text((encoder / "config.json").read_text() + "\n")
+    words[-1] = "third"
+    assert "pretrained was trained with the files" in call(train, *words, "--encoder", encoder)
+    said = call(train, *words, "--dry_run")
+    assert "prediction         v\n" in said
+    assert not Path("third/final").exists()
+
+
+def test_every_field_that_shapes_the_network_is_one_that_a_run_takes_over():
+    shaping = set(re.findall(r"config\.(\w+)", (ROOT / "model.py").read_text())) - {"dropout", "compute"}
+    assert shaping <= train.NETWORK <= {field.name for field in dataclasses.fields(Params)}
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("text of a million letters")])
