@@ -5,6 +5,7 @@
     python evaluate.py --checkpoint models_vA0             loss and copies over time: every checkpoint of that run
     python evaluate.py --compare a/results.json b/results.json
     python evaluate.py --recommend 1 2 3 5 7               which guidance draws best; the checkpoint keeps it as its own
+    python evaluate.py --report b --pictures b.npz         the same page on pictures that others have drawn
 
 Caption accuracy is the share of training captions whose sample is nearer, pixel by pixel, to its own training picture
 than to any other. With the captions shuffled it must fall to chance. A report adds held-out and invented captions,
@@ -15,11 +16,9 @@ samples and real pictures are laid on white before anything but the loss is meas
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -37,6 +36,7 @@ if TYPE_CHECKING:  # what takes long is imported where it is used, so that --hel
     import numpy as np
 
     from dataset import Pictures
+    from evaluation.captions import Captions
     from evaluation.features import Extractor
     from evaluation.scores import Score
     from pipeline import DiffusionPipeline
@@ -49,6 +49,7 @@ CURVE = 64  # training captions sampled for each checkpoint of a curve over time
 class Options:
     checkpoint: Path | None = None  # as of test.py, or the folder of a whole run; models_vA0/final, else pretrained
     report: Path | None = None  # folder for report.html and results.json
+    pictures: Path | None = None  # npz of others' pictures of the same captions, to score in the place of samples
     compare: tuple[Path, ...] = ()  # results.json of two or more reports, to set side by side
     recommend: tuple[float, ...] = ()  # guidance (c) to choose from, on held-out captions, for this checkpoint
     encoder: str | None = None  # where the text encoder is, if no longer where the checkpoint was trained
@@ -57,50 +58,6 @@ class Options:
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
     seed: int = 0  # the first sample's; each has the next one
     ema: Literal["short", "long"] | None = None  # which average of the weights samples; short, or the only one there
-
-
-# Which captions.
-
-
-class Captions(NamedTuple):
-    texts: list[str]
-    own: Sequence[int]  # the row of each one's real picture on its side of the split; empty for invented ones
-
-
-def evenly(names: list[str], most: int) -> Captions:
-    """At most `most` of the captions, spread over the data, none twice."""
-    from evaluation.scores import spread
-
-    rows = spread(len(names), most)
-    return Captions([names[row] for row in rows], rows.tolist())
-
-
-def choose(names: list[str], heldout: list[str], samples: int) -> dict[str, Captions]:
-    """A quarter of the samples for held-out captions, a quarter for invented ones, the rest for training captions.
-
-    Where there are too few held-out or invented captions, more training captions are taken instead.
-    """
-    unseen, made_up = evenly(heldout, samples // 4), invented([*names, *heldout], samples // 4)
-    trained = evenly(names, samples - len(unseen.texts) - len(made_up))
-    return {"training": trained, "held-out": unseen, "invented": Captions(made_up, [])}
-
-
-def invented(captions: list[str], count: int) -> list[str]:
-    """Captions without a picture: the first word of a real one of two words before the last word of another.
-
-    "red heart" and "wrapped gift" give "red gift", unless there is one. Common words come up as often as in the data.
-    Of several vendors the second one's style is asked for.
-    """
-    import numpy as np
-
-    two_words = (re.fullmatch(r"(\S+) (\S+?)(, .+ style)?", caption) for caption in captions if ":" not in caption)
-    pairs = [words.groups("") for words in two_words if words]
-    if not pairs:
-        return []
-    chosen = np.random.default_rng(0).integers(len(pairs), size=(100 * count, 2))
-    found = dict.fromkeys(f"{pairs[a][0]} {pairs[b][1]}{pairs[b][2]}" for a, b in chosen)
-    known = {caption.lower() for caption in captions}
-    return [caption for caption in found if caption.lower() not in known][:count]
 
 
 # The checkpoint and its samples.
@@ -236,6 +193,7 @@ def recommend(subject: Subject) -> None:
     """
     import checkpoint
     from evaluation import features
+    from evaluation.captions import evenly
     from evaluation.scores import difference, find
     from sharing import portable
 
@@ -268,6 +226,7 @@ def caption_accuracy(subject: Subject) -> None:
     import numpy as np
 
     from evaluation import metrics
+    from evaluation.captions import evenly
     from evaluation.scores import shuffled
 
     n, chosen = len(subject.real["training"].names), evenly(subject.real["training"].names, subject.options.samples)
@@ -283,6 +242,7 @@ def caption_accuracy(subject: Subject) -> None:
 
 def point_of_curve(subject: Subject) -> dict:
     """Losses, caption accuracy and copies of one checkpoint of a run."""
+    from evaluation.captions import evenly
     from evaluation.scores import words_and_copies
 
     print(f"{subject.path}:", flush=True)
@@ -295,6 +255,7 @@ def point_of_curve(subject: Subject) -> dict:
 def write_report(subject: Subject, over_time: list[dict]) -> None:
     """Measure everything, write it as results.json and report.html, and print it."""
     from evaluation import features, report
+    from evaluation.captions import choose, drawn_by_others
     from evaluation.scores import surface, words_and_copies
 
     start = time.perf_counter()
@@ -305,8 +266,18 @@ def write_report(subject: Subject, over_time: list[dict]) -> None:
     except features.FeatureError as error:
         subject.note(f"no scores in features: {error}")
     sets = choose(real["training"].names, real["held-out"].names, options.samples)
-    samples = samples_of(subject, sets)
-    by_loss, levels = losses(subject)
+    if options.pictures:
+        samples, theirs = drawn_by_others(options.pictures, sets, subject.images["training"].shape[1:])
+        author = {"path": str(options.pictures), "hash": files.sha256(options.pictures), **theirs}
+        config, sampling, by_loss, levels = author.pop("config"), author.pop("sampling"), [], {}
+    else:
+        samples = samples_of(subject, sets)
+        author = {
+            "path": str(subject.path), "hash": pipeline.hash, "ema": pipeline.ema, "step": pipeline.about["step"],
+            "images": subject.seen, "seconds": pipeline.about["seconds"],
+        }  # fmt: skip
+        sampling = {**pipeline.resolved(options.sampling).to_json(), "seed": options.seed}
+        config, (by_loss, levels) = pipeline.config.to_json(), losses(subject)
     by_pixels, near = words_and_copies("pixels", samples, subject.images, sets["training"].own)
     own = {on: subject.images[on][sets[on].own] for on in real}
     for on in real:
@@ -314,16 +285,13 @@ def write_report(subject: Subject, over_time: list[dict]) -> None:
     by_features = in_features(subject, extractor, sets, samples) if extractor else []
     results = {
         "command": shlex.join(["python", "evaluate.py", *sys.argv[1:]]),
-        "checkpoint": {
-            "path": str(subject.path), "hash": pipeline.hash, "ema": pipeline.ema, "step": pipeline.about["step"],
-            "images": subject.seen, "seconds": pipeline.about["seconds"],
-        },
-        "config": pipeline.config.to_json(),
+        "checkpoint": author,
+        "config": config,
         "data": {
             "fingerprint": real["training"].fingerprint, "vendor": pipeline.config.vendor,
             **{on: len(side.names) for on, side in real.items()},
         },
-        "sampling": {**pipeline.resolved(options.sampling).to_json(), "seed": options.seed},
+        "sampling": sampling,
         "extractor": extractor and {"name": extractor.name, "identity": extractor.identity},
         "sets": {on: {"captions": chosen.texts} for on, chosen in sets.items()},
         "scores": [*by_pixels, *by_features, *by_loss],
@@ -355,7 +323,9 @@ def evaluate(options: Options) -> None:
     if options.samples < 2:
         raise ValueError(f"--samples {options.samples}: at least 2 are needed")
     path = options.checkpoint or portable.default_checkpoint()
-    run = checkpoint.checkpoints(path)
+    if options.pictures and not options.report:
+        raise ValueError(f"--pictures {options.pictures}: say with --report where to write what is measured of them")
+    run = [] if options.pictures else checkpoint.checkpoints(path)
     over_time = [point_of_curve(load(path, options)) for path in run]
     if run:
         print(report.curve(over_time))

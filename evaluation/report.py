@@ -287,7 +287,7 @@ def write_page(path: Path, results: dict, samples: dict, own: dict, training: np
     samples: uint8 [n, h, w, 1 or 3] by set of captions; own: the real picture of each caption, by set, where there are
     such; training and names: all training pictures and their captions.
     """
-    checkpoint, data = results["checkpoint"], results["data"]
+    checkpoint, data, levels = results["checkpoint"], results["data"], results["levels"]
     about = (
         f"{checkpoint['images']:,} pictures seen in {checkpoint['seconds'] / 60:.0f} minutes of training on "
         f"{data['training']:,} pictures of {data['vendor']}; weights {checkpoint['hash'][:12]}, {checkpoint['ema']} "
@@ -302,7 +302,7 @@ def write_page(path: Path, results: dict, samples: dict, own: dict, training: np
             nearest.append(([samples[on][i], training[a], training[b]], caption))
     sections = {
         "Scores": f"{as_html(score_rows(results['scores']))}<small>{LEGEND}</small>",
-        "Loss at each noise level, the picture's side first": as_html(level_rows(results["levels"])),
+        "Loss at each noise level, the picture's side first": as_html(level_rows(levels)) if levels else "",
         "Over the pictures seen": as_html(curve_rows(results["over_time"])) if results["over_time"] else "",
         "Nearest to a copy": f"<small>{COPIES}</small>{_grid(nearest)}" if nearest else "",
     }

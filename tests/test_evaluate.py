@@ -27,8 +27,8 @@ import files
 import pipeline
 import schedule as schedules
 import training
-from evaluate import choose, invented
 from evaluation import features, heldout, judge, report, scores
+from evaluation.captions import Captions, choose, invented
 from evaluation.scores import Interval, Score, difference
 from model import UNet
 from params import Sampling
@@ -352,7 +352,7 @@ def test_samples_and_real_pictures_with_transparency_are_laid_on_white(pretended
     for on in ("training", "held-out"):
         expected = dataset.side(plain, heldout=on == "held-out").images
         np.testing.assert_allclose(subject.images[on].astype(int), expected, atol=2)
-    samples = evaluate.samples_of(subject, {"training": evaluate.Captions(["red disc"] * 2, [0, 1])})["training"]
+    samples = evaluate.samples_of(subject, {"training": Captions(["red disc"] * 2, [0, 1])})["training"]
     rgba = np.random.default_rng(1).integers(0, 256, (8, 12, 4), dtype=np.uint8) / 255
     expected = 255 * (rgba[..., :3] * rgba[..., 3:] + 1 - rgba[..., 3:])
     np.testing.assert_allclose(samples[1], expected, atol=0.6)
@@ -361,7 +361,7 @@ def test_samples_and_real_pictures_with_transparency_are_laid_on_white(pretended
 def test_an_interrupted_evaluation_goes_on_and_ends_the_same(pretended, monkeypatch, tmp_path):
     monkeypatch.setattr(evaluate, "BATCH", 5)
     subject = evaluate.load(Path("a"), evaluate.Options())
-    sets = evaluate.choose(subject.real["training"].names, subject.real["held-out"].names, 24)
+    sets = choose(subject.real["training"].names, subject.real["held-out"].names, 24)
     generate = subject.pipeline.generate_arrays
 
     def interrupted(texts, sampling, *, seeds):
@@ -392,7 +392,7 @@ def test_nothing_sampled_otherwise_is_taken_for_these_samples(pretended):
     for times, (path, options) in enumerate(cases, 1):
         subject = evaluate.load(path, options)
         for _ in range(2):
-            evaluate.samples_of(subject, {"training": evaluate.Captions(["red disc"], [0])})
+            evaluate.samples_of(subject, {"training": Captions(["red disc"], [0])})
             assert len(pretended) == times
 
 
@@ -576,6 +576,58 @@ def test_an_exported_folder_is_evaluated_as_its_checkpoint_with_the_one_average_
     assert export.measured([Path("exported")], {"of another"}) is None
 
 
+def by_others(path, split, tiny, **changes):
+    """What another program has drawn of 24 captions: the real pictures of those that have some, else black."""
+    config = dataclasses.replace(tiny, data=str(split))
+    real = {on: dataset.side(dataset.from_config(config), heldout=on == "held-out") for on in ("training", "held-out")}
+    sets = choose(real["training"].names, real["held-out"].names, 24)
+    images = [real[on].images[sets[on].own] for on in real] + [np.zeros((len(sets["invented"].texts), 8, 12, 3), "u1")]
+    about = {"images": 9, "step": 3, "seconds": 1.5, "ema": "their", "config": {"prediction": "eps"}, "sampling": {}}
+    captions = [text for chosen in sets.values() for text in chosen.texts]
+    found = {"images": np.concatenate(images), "captions": captions, "about": json.dumps(about)} | changes
+    np.savez(path, **{name: array for name, array in found.items() if array is not None})
+    return found
+
+
+def test_pictures_that_others_have_drawn_are_scored_by_the_same_measures(call, split, tiny, monkeypatch):
+    by_others("real.npz", split, tiny)
+    monkeypatch.setattr(pipeline.DiffusionPipeline, "generate_arrays", None)
+    said = call("--checkpoint", "models/final", "--pictures", "real.npz", "--report", "real", "--samples", "24")
+    assert "real/report.html written" in said
+    results = report.read(Path("real/results.json"))
+    found = {(score.name, score.on, score.by): score.value.value for score in results["scores"]}
+    for name in ("caption accuracy, top 5", "copy rate"):  # real pictures are near themselves, with twins, and copies
+        assert found[name, "training", "pixels"] == 1
+    for score in results["scores"]:
+        if score.name in ("KID", "Fréchet distance", "R-precision, top 1"):
+            assert score.value.value == pytest.approx(score.real.value)
+    assert ("KID", "held-out", "corners") in found
+    assert not any(score.name == "loss" for score in results["scores"])
+    assert results["checkpoint"]["path"] == "real.npz"
+    assert results["checkpoint"]["images"] == 9
+    assert "[B] real/results.json: real.npz, 9 pictures seen" in call(
+        "--compare", "real/results.json", "real/results.json"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"captions": ["red disc"] * 24}, r"other captions than --samples 24 asks for: 'red disc', not"),
+        ({"images": np.zeros((24, 4, 4, 3), "u1")}, r"are uint8 \[24, 4, 4, 3\], not uint8 \[24, 8, 12, 3\]: scale"),
+        ({"images": np.zeros((24, 8, 12, 3))}, r"are float64 .*, not uint8"),
+        ({"about": "{}"}, r"is no npz of images, captions and about \(KeyError"),
+        ({"about": None}, r"is no npz of images, captions and about \(KeyError"),
+        ({"images": np.array([{}])}, r"is no npz of images, captions and about \(ValueError"),
+    ],
+)
+def test_pictures_of_others_that_cannot_be_scored_are_refused(call, split, tiny, changes, message):
+    by_others("odd.npz", split, tiny, **changes)
+    words = ("--checkpoint", "models/final", "--pictures", "odd.npz", "--samples", "24")
+    assert re.search(rf"evaluate\.py: odd\.npz:? .*{message}", call(*words, "--report", "odd"))
+    assert not Path("odd").exists()
+
+
 def test_where_no_checkpoint_is_named_the_bundled_network_is_measured(call, random_samples, monkeypatch, tmp_path):
     drawer = pipeline.DiffusionPipeline("models/final")
     bundled = tmp_path / "pretrained"
@@ -639,6 +691,8 @@ def test_an_interruption_says_how_to_go_on(call, monkeypatch):
         (["--samples", "1"], "--samples 1: at least 2"),
         (["--checkpoint", "nowhere"], "no checkpoint at"),
         (["--compare", "a.json"], "at least two"),
+        (["--pictures", "gone.npz", "--checkpoint", "models/final"], "say with --report where to write"),
+        (["--pictures", "gone.npz", "--checkpoint", "models/final", "--report", "new"], "No such file"),
         (["--compare", "a.json", "b.json"], "a.json"),
         (["--c", "nan"], "c = nan"),
         (["--checkpoint", "models/final", "--data", "gone"], "no folder gone: name the folder of"),
