@@ -11,6 +11,7 @@ import samplers
 import schedule
 import training
 from dataloader import Data, Rows
+from model import abstract, network
 from params import Params
 from sampling import Controls, Request, build_sampler
 
@@ -32,6 +33,18 @@ def arguments(config: Params, pictures: int, steps: int = 1) -> tuple:
     chosen = np.random.default_rng(1).integers(pictures, size=(steps, config.B), dtype=np.int32)
     state, key = training.start(config, TEXT_DIM)
     return state, *parallel.replicate((data(config, pictures), Rows(chosen, 1 + chosen))), key
+
+
+def forward(config: Params) -> tuple[Callable, tuple]:
+    """The network on one picture, as a function, and the shapes of what that takes."""
+
+    def predict(weights: dict, *inputs: jax.Array) -> jax.Array:
+        return network(config, weights)(*inputs)
+
+    text = jax.ShapeDtypeStruct((1, config.TEXT_LEN, TEXT_DIM), jnp.float32)
+    image = jax.ShapeDtypeStruct((1, config.H, config.W, config.CHANNELS), jnp.float32)
+    t, mask = jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct(text.shape[:2], bool)
+    return predict, (abstract(config, TEXT_DIM)[1], image, t, text, mask)
 
 
 def shapes(config: Params, pictures: int) -> tuple:

@@ -88,11 +88,9 @@ def ours(config, *, pictures: int, steps: int) -> tuple[dict[str, Trial], dict]:
     sys.path.insert(0, str(ROOT))
     import flax
     import jax
-    import jax.numpy as jnp
     import made_up
 
     import training
-    from model import network
 
     state, data, rows, key = made_up.arguments(config, IMAGES)
     train_step = training.build_train_step(config)
@@ -106,11 +104,7 @@ def ours(config, *, pictures: int, steps: int) -> tuple[dict[str, Trial], dict]:
     def draw() -> None:
         jax.block_until_ready(draw_pictures(state.ema.short))
 
-    def forward(weights, *inputs):
-        return network(config, weights)(*inputs)
-
-    image = jnp.zeros((1, config.H, config.W, config.CHANNELS))
-    inputs = (state.weights, image, jnp.ones(1, jnp.int32), data.text_emb[:1], data.text_mask[:1])
+    forward, inputs = made_up.forward(config)
     about = {
         "versions": {"jax": jax.__version__, "flax": flax.__version__, "python": platform.python_version()},
         "flops": count_flops(jax.make_jaxpr(forward)(*inputs).jaxpr),
