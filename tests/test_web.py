@@ -337,7 +337,7 @@ def exported(tiny, tmp_path_factory):
     weights["pooled_text"]["kernel"] *= 30  # so that words matter
     items = {f"ema_{ema}": weights for ema in ("short", "long")}
     checkpoint.Saver().save(root / "final", {**items, "train": {"step": np.int32(16)}}, about, now=True)
-    checkpoint.recommend(root / "final", Sampling(c=3, steps=5, interval=(0.5, 0.9)))
+    checkpoint.recommend(root / "final", Sampling(c=3, steps=5, interval=(0.3, 0.7)))
     try:
         packages.fetch(web.RUNTIME)
     except packages.PackageError as error:
@@ -354,7 +354,7 @@ def test_the_site_is_whole_and_replaces_an_earlier_one(exported, tmp_path):
     assert {"index.html", "app.js", "sw.js", "style.css"} <= {file.name for file in site.iterdir()}
     assert about["shape"] == [8, 12, 3]
     assert about["sampling"] == {"c": 3, "steps": 5}
-    assert about["interval"] == [25, 45]
+    assert about["interval"] == [15, 35]
     assert "Mine: of the author" in about["about"]
     assert about["parts"][0]["captions"][:3] == ["", "red disc", "green box"]
     assert about["parts"][0]["captions"][-1] == "a box"  # an example that is no training caption
@@ -446,6 +446,7 @@ def test_the_browser_draws_what_python_draws(exported, served, page):
         return drawer.generate_arrays([prompt], sampling, seeds=seed)[0].astype(int)
 
     page.goto(address)
+    page.wait_for_function("crossOriginIsolated && !document.getElementById('draw').disabled")  # it loads twice
     page.fill("#prompt", "GREEN ")
     assert page.locator("#suggestions button").all_text_contents() == ["green box"]
     page.click("summary")
@@ -455,9 +456,7 @@ def test_the_browser_draws_what_python_draws(exported, served, page):
     page.click("#draw")
     right = drawn("red disc", 7)
     assert np.abs(latest(page, 1) - right).max() <= 2
-    for interval in ((0, 1), (0.5, 1), (0, 0.9)):
-        assert np.abs(drawn("red disc", 7, interval=interval) - right).max() > 4
-    assert page.evaluate("crossOriginIsolated")
+    assert np.abs(drawn("red disc", 7, interval=(0, 1)) - right).max() > 4  # the interval matters
     with page.expect_download() as download:
         page.click("#gallery .download")
     assert download.value.suggested_filename == "red-disc-7.png"
