@@ -24,6 +24,7 @@ with pytest.MonkeyPatch.context() as patch:
     patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
     pytest.importorskip("gradio", reason=reason)
 
+import clients
 from gradio.components.image_editor import EditorDataBlobs
 from PIL import Image
 from test_pipeline import tiny, trained  # noqa: F401  (fixtures)
@@ -260,3 +261,14 @@ def test_other_machines_are_out_of_reach():
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     names = re.findall(r"(\S+) is another machine", said.stdout)
     assert (said.stdout[:4], names) == ("here", ["192.0.2.1", "gradio.app", "::2"]), said.stderr
+
+
+@pytest.mark.slow
+def test_clients_are_all_served(trained, tmp_path, monkeypatch):  # noqa: F811
+    words = ["--checkpoint", trained, "--clients", 3, "--seconds", 3, "--output", tmp_path / "clients.json"]
+    monkeypatch.setattr(sys, "argv", ["clients.py", *map(str, words)])
+    clients.main()
+    found = json.loads((tmp_path / "clients.json").read_text())
+    assert found["failed"] == 0
+    assert found["pictures"] >= 3
+    assert 0 < found["median_seconds"] <= found["95th_percentile_seconds"] <= found["longest_seconds"]
