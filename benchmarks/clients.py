@@ -33,11 +33,9 @@ class Options:
     output: Path = Path("benchmarks/clients.json")  # the numbers
 
 
-def visit(address: str, number: int, end: float) -> list[float | str]:
+def visit(client: "Client", number: int, end: float) -> list[float | str]:
     """Ask for pictures until `end`; the seconds that each took, or why there is none."""
-    from gradio_client import Client
-
-    client, results = Client(address, verbose=False), []
+    results = []
     while (began := time.perf_counter()) < end:
         try:
             page = client.predict(seed=1000 * number + len(results), sketch=None, api_name="/draw")
@@ -50,6 +48,8 @@ def visit(address: str, number: int, end: float) -> list[float | str]:
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__, use_underscores=True)
+    from gradio_client import Client
+
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     named = ["--checkpoint", options.checkpoint] if options.checkpoint else []
@@ -61,9 +61,10 @@ def main() -> None:
                 sys.exit("clients.py: the page did not start; its message stands above")
             print(told.strip())
             with ThreadPoolExecutor(options.clients) as pool:
+                clients = [*pool.map(lambda _: Client(found[0], verbose=False), range(options.clients))]
                 end = time.perf_counter() + options.seconds
-                visits = pool.map(lambda number: visit(found[0], number, end), range(options.clients))
-                results = [result for visit in visits for result in visit]
+                visits = pool.map(lambda number: visit(clients[number], number, end), range(options.clients))
+                results = [result for each in visits for result in each]
         finally:
             server.terminate()
     waits = sorted(result for result in results if isinstance(result, float))

@@ -236,7 +236,7 @@ def test_the_program_serves_until_it_is_ended_and_asks_no_other_machine(trained,
             file = {"path": "http://example.org/a.png", "meta": {"_type": "gradio.FileData"}}
             began = time.perf_counter()
             assert ask(address, prompt=file)[-1][0] == "error"
-            assert time.perf_counter() - began < 5
+            assert time.perf_counter() - began < 30  # of another machine it would wait for longer
             assert ask(address)[-1][0] == "complete"
         finally:
             process.terminate()
