@@ -218,7 +218,8 @@ def recommend(subject: Subject) -> None:
     good = [each for each in found if not difference(each[2], most, paired=True)]
     best, *_ = min(good, key=lambda each: each[1].value.value)
     (portable if portable.is_exported(subject.path) else checkpoint).recommend(subject.path, best)
-    print(f"{subject.path} recommends {best.told()}. Next: python test.py --checkpoint {subject.path}")
+    told = subject.pipeline.resolved(best).told()
+    print(f"{subject.path} recommends {told}. Next: python test.py --checkpoint {subject.path}")
 
 
 def caption_accuracy(subject: Subject) -> None:

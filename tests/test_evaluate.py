@@ -659,9 +659,9 @@ def test_the_guidance_that_draws_best_becomes_the_checkpoints_own(call, monkeypa
     portable.write(Path("mine/exported"), drawer.weights, {**drawer.about, "ema": "short"}, dtype="float32")
     for name in ("mine/final", "mine/exported"):
         assert pipeline.recommended(name) == Sampling()
-        said = call("--checkpoint", name, "--samples", "24", "--steps", "2", "--recommend", "1", "3", "7")
-        assert f"{name} recommends guidance 3 at noise levels 0.5 to 1, dpmpp_2m, 2 steps" in said
-        assert pipeline.recommended(name) == pipeline.DiffusionPipeline(name).sampling == Sampling(c=3, steps=2)
+        said = call("--checkpoint", name, "--samples", "24", "--recommend", "1", "3", "7")
+        assert f"{name} recommends guidance 3 at noise levels 0.5 to 1, dpmpp_2m, 20 steps" in said
+        assert pipeline.recommended(name) == pipeline.DiffusionPipeline(name).sampling == Sampling(c=3)
         assert "guidance 3 at" in call("--checkpoint", name, "--samples", "2")
         assert "guidance 5 at" in call("--checkpoint", name, "--samples", "2", "--c", "5")
 
