@@ -346,7 +346,7 @@ def test_ctrl_c_in_drawing_is_a_sentence(call, monkeypatch):
     def interrupted(options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sampling_script, "run", interrupted)
+    monkeypatch.setattr(sampling_script, "defaults", interrupted)
     assert call(sampling_script) == "\ninterrupted: nothing but whole pictures was written"
 
 
