@@ -14,12 +14,16 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tyro
 
 from files import replacing
+
+if TYPE_CHECKING:
+    from gradio_client import Client
 
 APP = Path(__file__).resolve().parent.parent / "app.py"
 QUANTILES = {"median_seconds": 0.5, "95th_percentile_seconds": 0.95, "longest_seconds": 1.0}
