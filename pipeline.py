@@ -165,7 +165,7 @@ class DiffusionPipeline:
     def titles(self, prompts: Sequence[str]) -> list[str]:
         """What stands under the pictures of a grid: the prompts, with a mark at those that training has held out."""
         unseen = self.about.get("unseen", ())
-        return [f"{prompt} (unseen)" if prompt in unseen else prompt for prompt in prompts]
+        return [f"(unseen) {prompt}" if prompt in unseen else prompt for prompt in prompts]
 
     @staticmethod
     def _pairs(prompts: Sequence[str], seeds: Seeds) -> tuple[list[list[str]], list[list[int]]]:

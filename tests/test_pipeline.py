@@ -426,7 +426,7 @@ def test_numbers_of_any_kind_are_kept_as_plain_ones(drawer, tmp_path):
 
 def test_a_grid_marks_what_training_has_not_seen(drawer):
     prompts = ["red disc", "blue disc", "a cat"]
-    assert drawer.titles(prompts) == ["red disc", "blue disc (unseen)", "a cat"]
+    assert drawer.titles(prompts) == ["red disc", "(unseen) blue disc", "a cat"]
 
 
 def test_no_prompt_gives_no_picture(drawer):
