@@ -1,5 +1,6 @@
 """The page to draw on, asked as a browser asks it, and as one who means no good."""
 
+import asyncio
 import base64
 import gc
 import io
@@ -58,6 +59,7 @@ def address(pipeline, tmp_path_factory):
         yield launch(page, "127.0.0.1", None).rstrip("/")
         page.close()
     del page
+    asyncio.set_event_loop(None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # gradio leaves the event loop of its server open
         gc.collect()
