@@ -195,7 +195,7 @@ def slider(field: str, label: str, step: float) -> gr.Slider:
 def picture_tab(captions: list[str]) -> tuple[list[Component], list]:
     """Asks for pictures of one prompt, from noise or from a picture; its inputs, and what starts drawing."""
     prompt = gr.Textbox(label="What to draw", max_length=LETTERS, value=captions[0])
-    gr.Examples([[text] for text in captions[:8]], prompt, label="Captions it was trained on")
+    gr.Examples([[text] for text in captions[:8]], prompt, label="Captions to try")
     number = slider("number", "How many", step=1)
     with gr.Accordion("Start from a picture", open=False):
         gr.Markdown("What you paint over is drawn anew. Paint nothing to change the whole picture.")
