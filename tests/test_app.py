@@ -211,9 +211,8 @@ def malformed():
 
 
 def times():
-    """When each program of this project was last written; other files by name only, such as a log that grows."""
-    programs = (*ROOT.glob("*.py"), *(ROOT / "sharing").glob("*.py"))
-    return {path: None for path in ROOT.glob("[!.]*")} | {path: path.stat().st_mtime_ns for path in programs}
+    """When each file of this project was last written, but those of other programs, such as .git."""
+    return {path: path.stat().st_mtime_ns for path in (*ROOT.glob("[!.]*"), *(ROOT / "sharing").glob("*.py*"))}
 
 
 def test_malformed_requests_leave_it_serving_and_touch_no_file(address, monkeypatch):
