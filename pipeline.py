@@ -92,10 +92,11 @@ class DiffusionPipeline:
         self._assemble(own, other)
 
     @classmethod
-    def from_weights(cls, config: Params, encoder: TextEncoder, weights: dict):
-        """A pipeline around a network that is in memory already."""
+    def from_weights(cls, config: Params, encoder: TextEncoder, weights: dict, *, unseen: Sequence[str] = ()):
+        """A pipeline around a network that is in memory already; unseen: captions that it was not trained on."""
         self = cls.__new__(cls)
-        self._assemble(_Network({"config": config.to_json(), "sampling": {}}, config, encoder, weights))
+        about = {"config": config.to_json(), "sampling": {}, "unseen": unseen}
+        self._assemble(_Network(about, config, encoder, weights))
         return self
 
     def _assemble(self, own: "_Network", guide: "_Network | None" = None) -> None:

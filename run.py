@@ -118,9 +118,10 @@ class Run:
         if self.log:
             with files.dispensable(self.grids), self.log.paused():
                 weights = parallel.unreplicate(state.ema.short)
-                pipeline = DiffusionPipeline.from_weights(self.config, self.encoder, weights)
+                unseen = self.about["unseen"]
+                pipeline = DiffusionPipeline.from_weights(self.config, self.encoder, weights, unseen=unseen)
                 images = pipeline.generate_arrays(prompts, seeds=range(len(prompts)))
-                save_png(captioned_grid(images, prompts, columns=6, cell=96), path)
+                save_png(captioned_grid(images, pipeline.titles(prompts), columns=6, cell=96), path)
                 self.log.picture(self.step, "samples", path)
                 return path
         return None
