@@ -182,7 +182,7 @@ PRESETS = {  # why each predicts what it does: LOG.md, 2026-11-28
 }
 
 
-Sampler = Literal["ddim", "ddpm", "heun", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m"]  # keys of samplers.SOLVERS
+SolverName = Literal["ddim", "ddpm", "heun", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m"]  # keys of samplers.SOLVERS
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class Sampling(Fields):
 
     c: float = within(7.0, 0, 1000)  # guidance: 1 is none and takes half the time, more keeps closer to the caption
     negative_prompt: str = ""  # what to steer away from; if nothing is said, from the empty caption
-    sampler: Sampler = "dpmpp_2m"  # how to get from noise to picture
+    sampler: SolverName = "dpmpp_2m"  # how to get from noise to picture
     steps: int | None = within(None, 1, 100_000)  # of the sampler; 20 if nothing is said
     eta: float | None = within(None, 0, 1)  # share of fresh noise; if nothing is said, 1 for ddpm, dpmpp_2m_sde, else 0
     temperature: float = within(1.0, 0, 10)  # size of the fresh noise

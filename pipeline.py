@@ -25,6 +25,7 @@ from jaxtyping import Bool, UInt8
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent
+# of the names that are imported below, those that another program is likely to use too
 OURS = ["checkpoint", "dataset", "files", "guidance", "images", "model", "parallel", "params", "schedule", "sharing"]
 for ours in OURS:
     theirs = Path(getattr(find_spec(ours), "origin", None) or "").resolve()  # a program's own file, if it comes first
@@ -158,6 +159,8 @@ class DiffusionPipeline:
         every: int = 1,
     ) -> Iterator[list[Image.Image]]:  # fmt: skip
         """As generate_images, while they are sampled: after every so many steps the estimates of those begun so far."""
+        if every < 1:
+            raise ValueError(f"every = {every}: allowed are whole numbers from 1")
         images = []
         for first, pixels in self._sample(*self._pairs(prompts, seeds), sampling, edit, every=every):
             images[first:] = map(as_picture, pixels)
@@ -186,6 +189,8 @@ class DiffusionPipeline:
 
         Between prompts the estimates are mixed; between seeds the noise turns along the sphere on which it lies.
         """
+        if not (len(prompts) == len(seeds) == 2):
+            raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds: a way has two of each, its ends")
         if not 2 <= frames <= 1000:
             raise ValueError(f"frames = {frames}: allowed are whole numbers from 2 to 1000")
         if seeds[0] != seeds[1] and self.resolved(sampling).eta > 0:

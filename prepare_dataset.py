@@ -21,7 +21,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # with PYTHONSAFEPATH=1 Python does not
 
 import files
-from params import PRESETS
+from params import PRESETS, Params
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def main(options: Options) -> int:
         elif options.iconify:
             vendor = iconify.prepare(root, options.iconify)
         elif not options.check:
-            emojis.prepare(root, "" if options.vendor == "any" else options.vendor)
+            vendor = emojis.prepare(root, "" if options.vendor == "any" else options.vendor)
         faults = [] if options.from_ else dataset.check(root)  # which would read each of the pictures once more
         faults += unknown_words(root, options.encoder) if options.check else []
         for where, what in faults:
@@ -99,8 +99,9 @@ def main(options: Options) -> int:
         if options.check:
             return 1 if faults else 0
         elsewhere = "" if root == Options.data else f" --data {shlex.quote(str(root))}"
-        run = f" --vendor {vendor} --output models_{vendor}" if vendor else ""
-        print(f"Next: python train.py {'cpu' if vendor else 'quick'}{elsewhere}{run}")
+        whose = "" if vendor == Params.vendor else f" --vendor {vendor}"
+        preset, output = ("cpu", f" --output models_{vendor}") if options.from_ or options.iconify else ("quick", "")
+        print(f"Next: python train.py {preset}{elsewhere}{whose}{output}")
         return 0
     except (dataset.DatasetError, PackageError, OSError) as error:
         print(f"prepare_dataset.py: {error}", file=sys.stderr)

@@ -50,21 +50,6 @@ def initial_state(noisy: Images) -> State:
     return State(noisy, *jnp.zeros((2, *noisy.shape)))
 
 
-def step_towards(noisy: Images, denoised: Images, step: "Step", fresh: "FreshNoise") -> Images:
-    """One step towards `denoised`, with eta times the fresh noise of ancestral sampling  (Song et al. 2021a, Eq. 16).
-
-    `denoised` is a solver's estimate of its mean over the step. `remaining` is sqrt(sigma_next² - new²) / sigma,
-    written so that it loses no digits at eta = 1.
-    """
-    decay = (step.alpha * step.sigma_next) / (step.alpha_next * step.sigma)  # e^-h
-    new = fresh.eta * step.sigma_next * jnp.sqrt((1 - decay) * (1 + decay))
-    remaining = step.sigma_next / step.sigma * jnp.sqrt((1 - fresh.eta) * (1 + fresh.eta) + (fresh.eta * decay) ** 2)
-    mean = remaining * noisy + (step.alpha_next - remaining * step.alpha) * denoised
-    keys = jax.vmap(jax.random.fold_in, (0, None))(fresh.keys, step.number)
-    noise = jax.vmap(lambda key: jax.random.normal(key, noisy.shape[1:]))(keys)
-    return mean + fresh.temperature * new * noise
-
-
 class FreshNoise(NamedTuple):
     """The noise of stochastic sampling: a key for each image, so that none depends on the others in its batch."""
 
@@ -94,6 +79,21 @@ def timesteps(schedule: Schedule, steps: int) -> Int[np.ndarray, "n"]:
 
 
 # How a step is taken, from noise at t to less noise at t_next
+
+
+def step_towards(noisy: Images, denoised: Images, step: Step, fresh: FreshNoise) -> Images:
+    """One step towards `denoised`, with eta times the fresh noise of ancestral sampling  (Song et al. 2021a, Eq. 16).
+
+    `denoised` is a solver's estimate of its mean over the step. `new` is the size of the fresh noise, `remaining` the
+    share of the old noise that stays, sqrt(sigma_next² - new²) / sigma, written so that no digits are lost at eta = 1.
+    """
+    decay = (step.alpha * step.sigma_next) / (step.alpha_next * step.sigma)  # e^-h
+    new = fresh.eta * step.sigma_next * jnp.sqrt((1 - decay) * (1 + decay))
+    remaining = step.sigma_next / step.sigma * jnp.sqrt((1 - fresh.eta) * (1 + fresh.eta) + (fresh.eta * decay) ** 2)
+    mean = remaining * noisy + (step.alpha_next - remaining * step.alpha) * denoised
+    keys = jax.vmap(jax.random.fold_in, (0, None))(fresh.keys, step.number)
+    noise = jax.vmap(lambda key: jax.random.normal(key, noisy.shape[1:]))(keys)
+    return mean + fresh.temperature * new * noise
 
 
 def multistep(denoise: Denoise, fresh: FreshNoise, state: State, step: Step) -> State:
@@ -207,7 +207,7 @@ def take_steps(
     )
 
 
-SOLVERS = {  # a new one also needs its name in params.Sampler
+SOLVERS = {  # a new one also needs its name in params.SolverName
     "ddim": Solver(multistep, ddim, eta=0.0),
     "ddpm": Solver(multistep, ddim, eta=1.0),
     "heun": Solver(heun, heun_weights, eta=0.0),

@@ -71,6 +71,8 @@ def parse(args: list[str], saved: Params | None = None) -> Options:
         sys.exit("--distributed: name the preset, the same in every process: python train.py emoji64 --distributed")
     if {"--distributed", "--dry_run"} <= set(args):
         sys.exit("--distributed and --dry_run ask for different things: a run of many processes, a forecast by one")
+    if {"--resume", "--dry_run"} <= set(args):
+        sys.exit("--resume and --dry_run ask for different things: to go on with a run, a forecast of a new one")
     if not named and saved is None and not {"-h", "--help"} & set(args):
         import parallel
 
@@ -92,12 +94,12 @@ def parse(args: list[str], saved: Params | None = None) -> Options:
 
 
 def resolve(config: Params) -> Params:
-    """The configuration with names that mean the same from any folder; missing pictures are prepared."""
+    """The configuration with the folder of an encoder by its whole path; missing pictures are prepared."""
     import text_encoder
     from sources import emojis
 
     config = dataclasses.replace(config, data=os.path.expanduser(config.data))
-    if config.data == Params.data:
+    if Path(config.data) == Path(Params.data):
         config = dataclasses.replace(config, vendor=emojis.ensure(Path(config.data), config.vendor))
     return dataclasses.replace(config, encoder=text_encoder.resolved(config.encoder))
 

@@ -321,7 +321,7 @@ def write_page(path: Path, results: dict, samples: dict, own: dict, training: np
 
 
 def write_blind(path: Path, title: str, samples: np.ndarray, own: np.ndarray, captions: Sequence[str]) -> None:
-    """A page for somebody to tell samples of held-out captions from the real pictures, in an order by chance."""
+    """A page for somebody to tell samples of held-out captions from the real pictures, in random order."""
     left = np.random.default_rng(0).integers(2, size=len(samples)).astype(bool)  # whether the sample stands there
     pairs = [
         [sample, real] if first else [real, sample] for sample, real, first in zip(samples, own, left, strict=True)

@@ -25,7 +25,7 @@ from PIL import Image
 
 from dataset import fit
 from images import as_picture, as_rgba, captioned_grid, load_picture, on_white, save_gif, save_png
-from params import Fields, Sampler, Sampling, within
+from params import Fields, Sampling, SolverName, within
 from pipeline import DiffusionPipeline, Edit
 
 LETTERS = 300  # of a prompt
@@ -229,7 +229,7 @@ def choices(pipeline: DiffusionPipeline) -> tuple[list[Component], Component]:
     c = gr.Slider(weak, strong, default.c, step=0.5, label="Guidance: how closely to follow the words")
     most = max(min(STEPS, pipeline.config.T), default.steps)
     steps = gr.Slider(1, most, default.steps, step=1, label="Steps: more are slower and more exact")
-    sampler = gr.Dropdown(get_args(Sampler), value=default.sampler, label="Solver")
+    sampler = gr.Dropdown(get_args(SolverName), value=default.sampler, label="Solver")
     negative = gr.Textbox(default.negative_prompt, label="What to avoid", max_length=LETTERS)
     transparent = gr.Checkbox(True, label="Transparent background", visible=pipeline.config.CHANNELS == 4)
     return [seed, c, steps, sampler, negative], transparent

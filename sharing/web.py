@@ -120,10 +120,7 @@ def write(site: Path, pipeline: DiffusionPipeline, sampling: Sampling, about: st
         beside, packed = Path(scratch), {}
         shutil.copytree(PAGE, beside, dirs_exist_ok=True)
         (beside / "runtime").mkdir()
-        try:
-            runtime = packages.fetch(RUNTIME) / "dist"
-        except packages.PackageError as error:
-            raise ValueError(f"--web: {error}") from error
+        runtime = packages.fetch(RUNTIME) / "dist"
         for main, engine in ENGINES.items():
             for script in (f"{main}.min.mjs", f"{engine}.mjs"):
                 shutil.copy(runtime / script, beside / "runtime" / script)

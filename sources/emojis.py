@@ -6,7 +6,7 @@ package, keywords from emojilib. They are written in the layout that `dataset` r
 skin tone, in the order of the Unicode chart.
 
 A twentieth of the emoji is held out. Variants of one drawing must be on the same side of that split, so it is a hash
-not of the emoji but of its `concept`: woman running and person running facing right are one. Nothing else enters, so
+not of the emoji but of its `base`: woman running and person running facing right have one. Nothing else enters, so
 the split is the same for every vendor and machine.
 
 Preparing can be interrupted at any time. The CSV, which fixes the numbers, is written first; each file is whole or
@@ -42,7 +42,7 @@ EMOJILIB = npm("emojilib", "4.0.3", "7f9a6b43cff31d18985b7d65d11faba5bd971cbcc60
 VENDORS = ("Google", "Twitter", "OpenMoji")
 WHOLE = ".whole"  # a file in a vendor's folder, written when all of its pictures are there
 COLUMNS = ["#", "emoji", "unicode", "name", "keywords", "group", "split"]
-HELDOUT = 0.05  # of the concepts
+HELDOUT = 0.05  # of the bases
 FONT_FOLDERS = ("~/.local/share/fonts", "~/.fonts", "~/Library/Fonts", "/usr/share/fonts", "/usr/local/share/fonts")
 
 VS16, ZWJ = "\ufe0f", "\u200d"  # "draw the character before in colour", "draw the neighbours as one"
@@ -114,11 +114,11 @@ def google_font() -> Source:
     return Source("Google", f"Noto Color Emoji, OFL-1.1, from this machine's {path.name}", pictures)
 
 
-def concept(text: str) -> str:
-    """What all variants of one drawing share.
+def base(text: str) -> str:
+    """The emoji that stands for all variants of one drawing.
 
-    Gender and direction are dropped: 🏃‍♀️‍➡️ is 🏃, 👩‍🎓 is 🧑‍🎓. Families, kisses and couples are one concept. What is
-    joined to anything but a person is a variant of that: 🐈‍⬛ is 🐈. A flag is a concept by itself.
+    Gender and direction are dropped: 🏃‍♀️‍➡️ is 🏃, 👩‍🎓 is 🧑‍🎓. Families, kisses and couples have one base. What is
+    joined to anything but a person is a variant of that: 🐈‍⬛ is 🐈. A flag is its own base.
     """
     if "\U0001f1e6" <= text[0] <= "\U0001f1ff" or text[0] in "🏴🏳":
         return text
@@ -131,7 +131,7 @@ def concept(text: str) -> str:
 
 
 def is_heldout(text: str) -> bool:
-    digest = hashlib.sha256(concept(text).encode()).digest()
+    digest = hashlib.sha256(base(text).encode()).digest()
     return int.from_bytes(digest[:8], "big") < HELDOUT * 2**64
 
 

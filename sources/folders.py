@@ -179,7 +179,7 @@ def _placed(folder: Path, captions: Captions, place: Path, left_out: LeftOut) ->
             kept[digest] = name, texts, target.stem
     rows = []
     for name, texts, number in kept.values():
-        split = "heldout" if name.split("/")[0] in HELDOUT else "train"
+        split = "train" if HELDOUT.isdisjoint(name.split("/")[:-1]) else "heldout"
         rows += [{"#": number, "name": text, "split": split, "file": printable(name)} for text in texts]
     return rows
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import files
 
 
-class PackageError(RuntimeError):
+class PackageError(ValueError):
     """A package could not be fetched or is not the pinned one; the message says why and what to do."""
 
 

@@ -666,6 +666,14 @@ def test_the_guidance_that_draws_best_becomes_the_checkpoints_own(call, monkeypa
         assert "guidance 5 at" in call("--checkpoint", name, "--samples", "2", "--c", "5")
 
 
+def test_an_option_that_a_task_would_ignore_is_refused(call):
+    assert "--recommend does nothing with --report" in call("--recommend", "1", "2", "--report", "d")
+    assert "--negative_prompt is of single drawings" in call("--recommend", "2", "4", "--negative_prompt", "blurry")
+    assert "--compare does nothing with --checkpoint, --samples" in call(
+        "--compare", "a", "b", "--checkpoint", "models/final", "--samples", "3"
+    )
+
+
 def test_without_an_extractor_a_report_has_the_other_scores(call, random_samples, monkeypatch):
     def load():
         raise features.FeatureError("it cannot be had")

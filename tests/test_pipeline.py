@@ -22,7 +22,7 @@ import schedule as schedules
 import training
 from images import on_white, save_png, to_bytes
 from model import abstract
-from params import Sampler, Sampling
+from params import Sampling, SolverName
 from pipeline import DiffusionPipeline, Edit
 from test import remembered
 from text_encoder import TextEncoder
@@ -178,7 +178,7 @@ def test_only_another_kind_of_step_or_guidance_is_compiled_anew(drawer, monkeypa
         )  # fmt: skip
         drawer.generate_arrays(["blue box"] * 3, sampling, seeds=[1, 2, number])
     assert traces == []
-    for sampler in set(get_args(Sampler)) - {"heun"}:
+    for sampler in set(get_args(SolverName)) - {"heun"}:
         drawer.generate_arrays(["blue box"], Sampling(steps=3, sampler=sampler, interval=(0.1, 0.9)))
     assert traces == []
     for steps in (2, 3):
@@ -260,6 +260,8 @@ def test_a_way_between_prompts_and_seeds_begins_and_ends_with_its_own_pictures(d
     np.testing.assert_array_equal(turning[0], turning[1])
     with pytest.raises(ValueError, match="eta is above 0: fresh noise has no way"):
         drawer.interpolate(("a", "b"), Sampling(sampler="ddpm", steps=4), seeds=(3, 8))
+    with pytest.raises(ValueError, match="3 prompts and 2 seeds: a way has two of each"):
+        drawer.interpolate(("a", "b", "c"))
     with pytest.raises(ValueError, match="frames = 1"):
         drawer.interpolate(("a", "b"), frames=1)
 
@@ -288,7 +290,7 @@ def test_a_film_of_the_drawing_ends_with_the_picture(drawer, tiny):
     assert (np.asarray(film[0]) != np.asarray(film[-1])).any()
 
 
-@pytest.mark.parametrize("sampler", get_args(Sampler))
+@pytest.mark.parametrize("sampler", get_args(SolverName))
 def test_pictures_that_are_watched_are_those_that_are_drawn_at_once(drawer, sampler):
     prompts, sampling = ["red disc", "blue box"], Sampling(steps=5, sampler=sampler)
     watched = [[np.asarray(image) for image in images] for images in drawer.watch(prompts, sampling, seeds=3, every=2)]
@@ -299,6 +301,8 @@ def test_pictures_that_are_watched_are_those_that_are_drawn_at_once(drawer, samp
     np.testing.assert_array_equal(watched[3][0], watched[2][0])
     with pytest.raises(ValueError, match="prompt is empty"):
         next(drawer.watch([" "]))
+    with pytest.raises(ValueError, match="every = 0"):
+        next(drawer.watch(["red disc"], every=0))
 
 
 @pytest.fixture
@@ -414,7 +418,7 @@ def test_a_negative_prompt_without_guidance_is_a_contradiction():
 
 
 def test_the_choices_of_the_help_are_the_tables_of_samplers():
-    assert set(get_args(Sampler)) == set(samplers.SOLVERS)
+    assert set(get_args(SolverName)) == set(samplers.SOLVERS)
 
 
 def test_numbers_of_any_kind_are_kept_as_plain_ones(drawer, tmp_path):

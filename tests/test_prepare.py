@@ -111,17 +111,20 @@ def test_an_imagefolder_of_hugging_face(tmp_path, write, capsys):
     picture(folder / "train" / "a.jpg")
     picture(folder / "train" / "sub" / "b.jpg", "blue")
     picture(folder / "test" / "c.webp", "green", lossless=True)
+    picture(folder / "more" / "val" / "test.png", "black")
+    (folder / "more" / "val" / "test.txt").write_text("D")
     names, said = ["a.jpg", "sub/b.jpg", "a.jpg", "./a.jpg"], ["A, the first", 'said "b"', "", "A again"]
     write(folder / "train" / "metadata", pd.DataFrame({"file_name": names, "text": "no", "said": said}))
     write(folder / "test" / "metadata", pd.DataFrame({"file_name": ["c.webp"], "said": ["7"]}))
     assert prepared("--from", folder, "--data", root, "--caption_column", "said") == 0
     assert captions(root) == [
+        ("more/val/test.png", "D"),
         ("test/c.webp", "7"),
         ("train/a.jpg", "A, the first"),
         ("train/a.jpg", "A again"),
         ("train/sub/b.jpg", 'said "b"'),
     ]
-    assert [row["split"] for row in rows(root)] == ["heldout", "train", "train", "train"]
+    assert [row["split"] for row in rows(root)] == ["heldout", "heldout", "train", "train", "train"]
     assert "left out, 1 × an empty caption: train/a.jpg\n" in capsys.readouterr().out
     assert dataset.check(root) == []
 

@@ -16,7 +16,7 @@ import prepare_dataset
 from dataset import DatasetError
 from sources import emojis as sources
 from sources import packages
-from sources.emojis import EMOJI, Source, concept, is_heldout, name_of, prepare
+from sources.emojis import EMOJI, Source, base, is_heldout, name_of, prepare
 from sources.packages import PackageError
 
 KAGGLE = "#,emoji,unicode,name,Apple\n1,😀,U+1F600,grinning face,data:" + "x" * 200_000 + "\n"
@@ -123,19 +123,19 @@ def test_every_emoji_has_a_name_of_its_own():
         ["❤️", "❤️‍🔥"],
     ],
 )
-def test_variants_are_one_concept(variants):
-    assert len({concept(text) for text in variants}) == 1
+def test_variants_have_one_base(variants):
+    assert len({base(text) for text in variants}) == 1
     assert len({is_heldout(text) for text in variants}) == 1
 
 
-def test_different_things_are_different_concepts():
+def test_different_things_have_different_bases():
     apart = ["🏃", "🚶", "🧑", "🧑‍🎓", "🧑‍🎨", "🧑‍🦽", "👪", "🐈", "🐕", "🇵🇪", "🏴", "🏴‍☠️", "🏳️", "🏳️‍🌈", "♀️", "♂️", "➡️"]
-    assert len({concept(text) for text in apart}) == len(apart)
+    assert len({base(text) for text in apart}) == len(apart)
 
 
 def test_a_twentieth_is_held_out():
     assert 0.04 < np.mean([is_heldout(text) for text in EMOJI]) < 0.06
-    assert 0.04 < np.mean([is_heldout(text) for text in {concept(text): text for text in EMOJI}.values()]) < 0.06
+    assert 0.04 < np.mean([is_heldout(text) for text in {base(text): text for text in EMOJI}.values()]) < 0.06
 
 
 def test_the_split_never_changes():
@@ -288,6 +288,12 @@ def test_a_font_without_bitmaps_says_so(monkeypatch, tmp_path):
 
 def options(**given):
     return prepare_dataset.Options(**{"encoder": "no/such encoder", **given})
+
+
+def test_the_next_command_names_the_vendor_that_could_be_had(few, tmp_path, capsys):
+    root = tmp_path / "set"
+    assert prepare_dataset.main(options(data=root, vendor="OpenMoji")) == 0
+    assert capsys.readouterr().out.endswith(f"Next: python train.py quick --data {root} --vendor OpenMoji\n")
 
 
 def test_the_command_prepares_then_checks(few, tmp_path, monkeypatch, capsys):

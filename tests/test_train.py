@@ -595,6 +595,7 @@ def test_a_dry_run_prints_the_cost_and_leaves_nothing(call, tiny, linear, tmp_pa
     assert "BASE_DIM           8\n" in said
     for cost in ("parameters ", "FLOPs per step ", "memory per step "):
         assert cost in said
+    assert "--resume and --dry_run ask for different things" in call(train, "quick", "--dry_run", "--resume")
     assert list(tmp_path.iterdir()) == []
 
 
