@@ -19,7 +19,6 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -314,12 +313,21 @@ def write_report(subject: Subject, over_time: list[dict]) -> None:
     print(f"{report.summary(results)}\n{page} written, with {beside} beside it")
 
 
-def refuse(options: Options, task: str, beside: Sequence[str] = ()) -> None:
-    """Raise ValueError for an option that `task` would ignore: all but those `beside` it."""
+def refuse(options: Options) -> None:
+    """Raise ValueError for options that contradict each other, or that a task would ignore."""
     default = Options(sampling=options.sampling)
     given = [field for field in vars(options) if getattr(options, field) != getattr(default, field)]
-    if ignored := [f"--{field}" for field in given if field not in (task, *beside)]:
-        raise ValueError(f"--{task} does nothing with {', '.join(ignored)}: give one of them at a time")
+    tasks = {"compare": (), "recommend": ("checkpoint", "encoder", "data", "samples", "seed", "ema")}  # what each takes
+    for task, beside in tasks.items():
+        ignored = [f"--{field}" for field in given if field not in (task, *beside)]
+        if task in given and ignored:
+            raise ValueError(f"--{task} does nothing with {', '.join(ignored)}: give one of them at a time")
+    if options.samples < 2:
+        raise ValueError(f"--samples {options.samples}: at least 2 are needed")
+    if options.recommend and options.sampling.negative_prompt:
+        raise ValueError("--negative_prompt is of single drawings, and --recommend is for all: leave it out")
+    if options.pictures and not options.report:
+        raise ValueError(f"--pictures {options.pictures}: say with --report where to write what is measured of them")
 
 
 def evaluate(options: Options) -> None:
@@ -327,19 +335,11 @@ def evaluate(options: Options) -> None:
     from evaluation import report
     from sharing import portable
 
+    refuse(options)
     if options.compare:
-        refuse(options, "compare")
         print(report.comparison([files.from_home(path) for path in options.compare]))
         return
-    if options.samples < 2:
-        raise ValueError(f"--samples {options.samples}: at least 2 are needed")
-    if options.recommend:
-        refuse(options, "recommend", beside=("checkpoint", "encoder", "data", "samples", "seed", "ema"))
-        if options.sampling.negative_prompt:
-            raise ValueError("--negative_prompt is of single drawings, and --recommend is for all: leave it out")
     path = options.checkpoint or portable.default_checkpoint()
-    if options.pictures and not options.report:
-        raise ValueError(f"--pictures {options.pictures}: say with --report where to write what is measured of them")
     run = [] if options.pictures else checkpoint.checkpoints(path)
     over_time = [point_of_curve(load(path, options)) for path in run]
     if run:

@@ -71,13 +71,6 @@ class Step(NamedTuple):
     weights: Float[Array, "*n 2"]  # of differences of estimates, in the mean over the step
 
 
-def timesteps(schedule: Schedule, steps: int) -> Int[np.ndarray, "n"]:
-    """steps + 1 evenly spaced timesteps, T the first ("trailing", Lin et al. 2024, Table 2) and 0 the last."""
-    if not 1 <= steps <= schedule.T:
-        raise ValueError(f"steps = {steps}: allowed are whole numbers from 1 to the {schedule.T} steps of the schedule")
-    return np.round(np.linspace(schedule.T, 0, steps + 1)).astype(np.int32)
-
-
 # How a step is taken, from noise at t to less noise at t_next
 
 
@@ -123,7 +116,14 @@ def heun(denoise: Denoise, fresh: FreshNoise, state: State, step: Step) -> State
     return State(step_towards(noisy, start + share * (end - start), step, fresh), start, before)
 
 
-# The weights of all steps
+# Which steps there are, and their weights
+
+
+def timesteps(schedule: Schedule, steps: int) -> Int[np.ndarray, "n"]:
+    """steps + 1 evenly spaced timesteps, T the first ("trailing", Lin et al. 2024, Table 2) and 0 the last."""
+    if not 1 <= steps <= schedule.T:
+        raise ValueError(f"steps = {steps}: allowed are whole numbers from 1 to the {schedule.T} steps of the schedule")
+    return np.round(np.linspace(schedule.T, 0, steps + 1)).astype(np.int32)
 
 
 def ddim(h: Lengths) -> Weights:
